@@ -1,0 +1,1 @@
+"""Second floor: checkpoints to GGUF, and GGUF to GGUF. Knows files and names, never runs a model."""

@@ -1,0 +1,167 @@
+"""From config.json to the numbers a GGUF file states, checked so that the model they describe can run.
+
+Knows MOSS-Audio's configuration through the tables of `names/moss_audio.py`. Does not know tensors' data
+or the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.gguf import Typed, ValueType, f32, u32
+from .checkpoint import CONFIG, Checkpoint, ConversionError
+from .names import moss_audio as names
+from .names.table import KeyRow
+
+MAX_F32 = 3.4e38
+MEL_STRIDE = 8  # three convolutions of stride 2
+_PATHS = {row.key: row.paths[0] for row in names.KEYS}
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """`values` by GGUF key (after the architecture's name), `flags` for the name table's conditions."""
+
+    values: dict[str, int | float]
+    taps: tuple[int, ...]
+    flags: frozenset[str]
+
+    def metadata(self) -> dict[str, Typed]:
+        """The keys as a GGUF file holds them; the window and the taps included."""
+        types = {row.key: row.type for row in names.KEYS}
+        entries = {key: (f32 if types.get(key) is ValueType.FLOAT32 else u32)(v) for key, v in self.values.items()}
+        entries["deepstack.num_taps"] = u32(len(self.taps))
+        entries |= {f"deepstack.tap.{k}": u32(tap) for k, tap in enumerate(self.taps)}
+        return {f"{names.ARCHITECTURE}.{key}": value for key, value in entries.items()}
+
+
+def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
+    """Read and check config.json.
+
+    Raises ConversionError for another model, a missing or wrong value (named), and shapes the engine does not run.
+    """
+    config = checkpoint.config
+    _check_family(config)
+    _check_fixed(config, names.FIXED, CONFIG)
+    values = {row.key: _read_value(config, row) for row in names.KEYS}
+    taps, n_injected = _read_taps(config, values)
+    values["deepstack.num_inject_layers"] = n_injected
+    _check_window(values)
+    _check_heads(values)
+    _check_counts(values, len(checkpoint.tensors))
+    flags = {"tied" if _read_tied(config) else "untied"}
+    if values["enc.output_dim"] != values["enc.d_model"]:
+        flags.add("out_proj")
+    return Hyperparameters(values, taps, frozenset(flags))
+
+
+def look_up(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    node: Any = config
+    for key in path.split("."):
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(key)
+    return node
+
+
+def check_mel(settings: Mapping[str, Any] | None, n_mels: int, source: str) -> None:
+    """Raise ConversionError when a processor's mel settings differ from the front end's only ones."""
+    mel = (settings or {}).get("mel_config") or {}
+    _check_fixed(mel, {**names.FIXED_MEL, "mel_dim": (n_mels,)}, f"{source} mel_config")
+
+
+def _check_family(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
+    known = [] if model_type is None else [model_type in names.MODEL_TYPES]
+    known += [any(name in names.ARCHITECTURES for name in architectures)] if architectures else []
+    if not known or not all(known):
+        raise ConversionError(
+            f"{CONFIG} describes model_type {model_type!r}, architectures {architectures}: only "
+            f"{names.MODEL_TYPES[0]} ({names.ARCHITECTURES[0]}) checkpoints are converted"
+        )
+
+
+def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple], source: str) -> None:
+    for path, allowed in fixed.items():
+        found = look_up(config, path)
+        if found is not None and found not in allowed:
+            raise ConversionError(f"{source} says {path} = {found!r}: the engine runs {allowed[0]!r} only")
+
+
+def _read_value(config: Mapping[str, Any], row: KeyRow) -> int | float:
+    value = next((found for path in row.paths if (found := look_up(config, path)) is not None), row.default)
+    if value is None:
+        raise ConversionError(f"{CONFIG} lacks {row.paths[0]}: fetch the checkpoint's own {CONFIG}")
+    if row.type is ValueType.FLOAT32:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_F32:
+            raise ConversionError(f"{CONFIG} says {row.paths[0]} = {value!r}: it must be a positive number")
+        return float(value)
+    if type(value) is not int or not 0 < value < 1 << 32:
+        raise ConversionError(f"{CONFIG} says {row.paths[0]} = {value!r}: it must be a positive whole number")
+    return value
+
+
+def _read_taps(config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The tapped encoder layers, and how many of them are injected: one decoder layer each."""
+    taps = look_up(config, names.TAPS)
+    taps = [] if taps is None else taps
+    n_layer = values["enc.encoder_layers"]
+    if not isinstance(taps, list) or not all(type(tap) is int and 0 <= tap < n_layer for tap in taps):
+        raise ConversionError(f"{CONFIG} says {names.TAPS} = {taps}: the encoder has layers 0 to {n_layer - 1}")
+    if len(set(taps)) != len(taps):
+        raise ConversionError(f"{CONFIG} says {names.TAPS} = {taps}: a layer may be tapped only once")
+    stated = look_up(config, names.INJECTED)
+    if stated is not None and (type(stated) is not int or stated < 0):
+        raise ConversionError(f"{CONFIG} says {names.INJECTED} = {stated!r}: it must be a whole number")
+    n_injected = len(taps) if stated is None else min(len(taps), stated)
+    if n_injected > values["llm.num_layers"]:
+        raise ConversionError(
+            f"{CONFIG} injects {n_injected} taps into {values['llm.num_layers']} decoder layers: one layer takes one"
+        )
+    return tuple(taps), n_injected
+
+
+def _read_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the embedding serves as head too; the checkpoint's own statement goes before its decoder's."""
+    for path in names.TIED:
+        tied = look_up(config, path)
+        if isinstance(tied, bool):
+            return tied
+        if tied is not None:
+            raise ConversionError(f"{CONFIG} says {path} = {tied!r}: it must be true or false")
+    return False
+
+
+def _check_window(values: Mapping[str, Any]) -> None:
+    n_frames, n_mels = 2 * values["enc.n_window"], values["enc.num_mel_bins"]
+    if n_frames % MEL_STRIDE:
+        raise ConversionError(
+            f"{CONFIG} says audio_config.n_window = {values['enc.n_window']}: "
+            f"a window of {n_frames} frames is no multiple of {MEL_STRIDE}, and such a model does not run"
+        )
+    if n_mels % MEL_STRIDE:
+        raise ConversionError(f"{CONFIG} says audio_config.num_mel_bins = {n_mels}: no multiple of {MEL_STRIDE}")
+
+
+def _check_heads(values: Mapping[str, Any]) -> None:
+    for whole, parts in (("enc.d_model", "enc.encoder_attention_heads"), ("llm.num_heads", "llm.num_kv_heads")):
+        if values[whole] % values[parts]:
+            raise ConversionError(
+                f"{CONFIG} says {_PATHS[whole]} = {values[whole]}: no multiple of {_PATHS[parts]} = {values[parts]}"
+            )
+    for even in ("enc.d_model", "llm.head_dim"):
+        if values[even] % 2:
+            raise ConversionError(f"{CONFIG} says {_PATHS[even]} = {values[even]}: positions need an even number")
+
+
+def _check_counts(values: Mapping[str, Any], n_tensors: int) -> None:
+    for key in names.LAYER_COUNTS:
+        if values[key] > n_tensors:
+            raise ConversionError(
+                f"{CONFIG} says {_PATHS[key]} = {values[key]}: the checkpoint has only {n_tensors} tensors in all"
+            )

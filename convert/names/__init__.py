@@ -1,0 +1,1 @@
+"""Tables of tensor names and hyper-parameters, one file a model family. Data only."""

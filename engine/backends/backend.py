@@ -1,0 +1,45 @@
+"""What a backend is: a name, rewrite rules, and a kernel for each op it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..graph import Node
+from ..rewrite import Rule
+
+# The operands a kernel is bound to: tensors of the arena, `Weight`s of the file, `CacheTensor`s, tuples of
+# these, or None; in the order of `node.inputs`.
+Bound = tuple[Any, ...]
+
+
+def no_bytes(node: Node) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`bind(node, inputs, outputs, scratch)` does once whatever depends on shapes and types, and returns the call
+    that runs: it reads `inputs`, fills every element of each tensor in `outputs`, and may use `scratch`.
+
+    `scratch(node)`: bytes of work space it wants in the arena (`scratch` is None when 0).
+    `transient(node)`: bytes that libraries allocate and free during the call, at most.
+    """
+
+    bind: Callable[[Node, Bound, Bound, Any], Callable[[], None]]
+    scratch: Callable[[Node], int] = no_bytes
+    transient: Callable[[Node], int] = no_bytes
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`kv_type`: how it keeps keys and values unless told otherwise. `window_batch`: encoder windows at a time;
+    `prefill_chunk`: prompt tokens at a time."""
+
+    name: str
+    kernels: Mapping[str, Kernel]
+    rules: tuple[Rule, ...]
+    kv_type: str
+    window_batch: int
+    prefill_chunk: int

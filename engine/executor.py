@@ -1,0 +1,140 @@
+"""Graph, plan and backend to a program: a flat list of bound calls over one arena.
+
+Everything that can be decided before a run is decided in `compile_graph`; a run copies the inputs in and
+makes the calls. Knows no op and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .graph import Graph, Node, Operand, Value, cut, expand
+from .kv_cache import CacheTensor
+from .ops import OPS
+from .plan import Plan, plan_memory
+from .weights import Weight
+
+if TYPE_CHECKING:
+    from .backends.backend import Backend
+
+DTYPES = {"f32": torch.float32, "i32": torch.int32}
+POISON = 0xFF  # bytes of a float32 NaN, and of the int32 -1
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A graph as a backend will run it, with its memory planned: all that can be known without the weights."""
+
+    graph: Graph
+    backend: Backend
+    capture: tuple[str, ...]
+    plan: Plan
+
+
+def draft_graph(graph: Graph, backend: Backend, capture: Collection[str], feed: Collection[str] = ()) -> Draft:
+    """Cuts, rewrites, expands and plans `graph` for `backend`."""
+    graph = cut(graph, capture, feed)
+    for rule in backend.rules:
+        graph = rule(graph, capture)
+    graph = expand(graph, backend.kernels)
+    unknown = {n.op for n in graph.nodes if n.op not in backend.kernels and not OPS[n.op].view}
+    assert not unknown, f"backend {backend.name} has no kernel for {sorted(unknown)}"
+    plan = plan_memory(
+        graph,
+        [graph.stages[name] for name in capture],
+        lambda n: backend.kernels[n.op].scratch(n) if n.op in backend.kernels else 0,
+        lambda n: backend.kernels[n.op].transient(n) if n.op in backend.kernels else 0,
+    )
+    return Draft(graph, backend, tuple(capture), plan)
+
+
+class Program:
+    """Bound calls. One run at a time; results lie in the arena and are overwritten by the next run in it."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        weights: Callable[[str], Weight],
+        states: Mapping[str, CacheTensor],
+        arena: torch.Tensor | None = None,
+        poison: bool = False,
+    ) -> None:
+        """`arena`: uint8, at least `draft.plan.arena_bytes`; None allocates just that. `poison`: fill the arena with
+        NaN before each run, so that a kernel that leaves a result unwritten is found."""
+        self.plan = draft.plan
+        self.poison = poison
+        self.arena = torch.empty(self.plan.arena_bytes, dtype=torch.uint8) if arena is None else arena
+        assert self.arena.numel() >= self.plan.arena_bytes, f"{self.arena.numel()=} {self.plan.arena_bytes=}"
+        self._weights, self._states = weights, states
+        self._bound: dict[Value, Any] = {}
+        graph = draft.graph
+        self.inputs = {leaf.name: self._bind_value(leaf) for leaf in graph.leaves_of("input")}
+        self._calls = [call for node in graph.nodes if (call := self._bind_node(node, draft.backend))]
+        self.outputs = {name: self._bind_value(graph.stages[name]) for name in draft.capture}
+
+    def run(self, feed: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Runs once on `feed` (an array for each input); gives each captured stage as a view of the arena."""
+        assert feed.keys() == self.inputs.keys(), f"{sorted(feed)=} {sorted(self.inputs)=}"
+        if self.poison:
+            self.arena.fill_(POISON)
+        for name, tensor in self.inputs.items():
+            array = feed[name]
+            assert tuple(array.shape) == tuple(tensor.shape), f"{name}: {array.shape=} {tensor.shape=}"
+            tensor.copy_(torch.as_tensor(array))
+        for call in self._calls:
+            call()
+        return self.outputs
+
+    def _bind_node(self, node: Node, backend: Backend) -> Callable[[], None] | None:
+        inputs = tuple(self._bind_operand(x) for x in node.inputs)
+        if OPS[node.op].view:
+            self._bound[node.outputs[0]] = inputs[0].view(node.outputs[0].shape)
+            return None
+        if OPS[node.op].writes:
+            self._bound[node.outputs[0]] = inputs[0]
+        outputs = tuple(self._bind_value(v) for v in node.outputs)
+        kernel = backend.kernels[node.op]
+        scratch = None
+        if node in self.plan.scratch:
+            start = self.plan.scratch[node]
+            scratch = self.arena[start : start + kernel.scratch(node)]
+        return kernel.bind(node, inputs, outputs, scratch)
+
+    def _bind_operand(self, operand: Operand) -> Any:
+        if isinstance(operand, tuple):
+            return tuple(self._bind_operand(x) for x in operand)
+        return None if operand is None else self._bind_value(operand)
+
+    def _bind_value(self, value: Value) -> Any:
+        if value not in self._bound:
+            self._bound[value] = self._find(value)
+        return self._bound[value]
+
+    def _find(self, value: Value) -> Any:
+        if value.kind == "weight":
+            return self._weights(value.name)
+        if value.kind == "state":
+            return self._states[value.name]
+        if value.kind == "constant":
+            return torch.from_numpy(value.data)
+        start = self.plan.offsets[value]
+        return self.arena[start : start + value.nbytes].view(DTYPES[value.dtype]).view(value.shape)
+
+
+def compile_graph(
+    graph: Graph,
+    backend: Backend,
+    weights: Callable[[str], Weight],
+    *,
+    capture: Collection[str],
+    feed: Collection[str] = (),
+    states: Mapping[str, CacheTensor] | None = None,
+    poison: bool = False,
+) -> Program:
+    """Draft and bind in one step, with an arena of its own."""
+    return Program(draft_graph(graph, backend, capture, feed), weights, states or {}, poison=poison)

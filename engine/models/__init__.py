@@ -1,0 +1,1 @@
+"""Models written once, in graph ops."""

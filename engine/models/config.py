@@ -1,0 +1,36 @@
+"""Configurations from GGUF keys: a frozen dataclass whose fields are the keys. Knows no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import TYPE_CHECKING, TypeVar
+
+from ...kernels.errors import AuricleError
+
+if TYPE_CHECKING:
+    from ..gguf import GGUFFile
+
+T = TypeVar("T")
+
+
+class ModelError(AuricleError):
+    """A model file that opens but cannot be run: a key, a tensor or a shape is not what the model needs."""
+
+
+def read_config(cls: type[T], file: GGUFFile, prefix: str) -> T:
+    """Fills the dataclass `cls` from the keys `prefix.<field>`. A field without a default must be in the file.
+
+    Raises GGUFError for a missing key or a wrong type, ModelError for a size below 1.
+    """
+    kinds = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):
+        key = f"{prefix}.{field.name}"
+        if field.default is not dataclasses.MISSING and key not in file.metadata:
+            continue
+        value = file.require(key, kinds[field.name])
+        if kinds[field.name] in (int, float) and value <= 0:
+            raise ModelError(f"{file.path}: {key} is {value}; it must be positive")
+        values[field.name] = value
+    return cls(**values)

@@ -1,0 +1,94 @@
+"""Graph to graph rules: the same numbers in fewer, larger ops.
+
+A rule is `rule(graph, capture) -> graph`. It may drop a value only if nobody else reads it and no captured
+stage names it. A backend lists the rules it has kernels for. Knows patterns, not why they are fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from .graph import Graph, Node, Operand, Value, replay
+
+Rule = Callable[[Graph, Collection[str]], Graph]
+
+
+def _producers(graph: Graph) -> dict[Value, Node]:
+    return {value: node for node in graph.nodes for value in node.outputs}
+
+
+def _private(graph: Graph, capture: Collection[str]) -> Callable[[Value], bool]:
+    """Tells of a value whether one node alone reads it and nobody looks at it."""
+    users = graph.users()
+    seen = {graph.stages[name] for name in capture} | set(graph.required)
+    return lambda value: len(users.get(value, ())) == 1 and value not in seen
+
+
+def fuse_gates(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """mul(silu(linear(x, gate)), linear(x, up)) -> gated_linear(x, gate, up)."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    gated: dict[Node, tuple[Value, Value, Value]] = {}
+    absorbed: set[Node] = set()
+    for node in graph.nodes:
+        silu, up = (made_by.get(v) for v in node.inputs) if node.op == "mul" else (None, None)
+        gate = made_by.get(silu.inputs[0]) if silu and silu.op == "silu" else None
+        if not gate or not up or gate.op != "linear" or up.op != "linear":
+            continue
+        parts = (silu, gate, up)
+        plain = len(gate.inputs) == len(up.inputs) == 2 or (gate.inputs[2:] == up.inputs[2:] == (None,))
+        if plain and gate.inputs[0] is up.inputs[0] and all(private(p.outputs[0]) for p in parts):
+            gated[node] = (gate.inputs[0], gate.inputs[1], up.inputs[1])
+            absorbed.update(parts)
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        return (new.gated_linear(*(current(v) for v in gated[node])),) if node in gated else None
+
+    return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
+
+
+def fuse_linears(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """linear(x, a), linear(x, b), … of one x -> linears(x, (a, b, …)) at the place of the first."""
+    groups: dict[Value, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "linear":
+            groups.setdefault(node.inputs[0], []).append(node)
+    group_of = {node: nodes for nodes in groups.values() if len(nodes) > 1 for node in nodes}
+    results: dict[Node, Value] = {}
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        if node not in group_of:
+            return None
+        if node not in results:
+            nodes = group_of[node]
+            weights = tuple(current(n.inputs[1]) for n in nodes)
+            biases = tuple(current(n.inputs[2]) if len(n.inputs) > 2 else None for n in nodes)
+            fused = new.linears(current(node.inputs[0]), weights, biases)
+            results.update(zip(nodes, fused, strict=True))
+        return (results[node],)
+
+    return replay(graph, visit)
+
+
+def fuse_add_norms(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """s = add(a, b); rms_norm(s) -> (s, n) = add_rms_norm(a, b): the sum is kept, others may read it."""
+    made_by = _producers(graph)
+    norm_of: dict[Node, Node] = {}
+    for node in graph.nodes:
+        total = made_by.get(node.inputs[0]) if node.op == "rms_norm" else None
+        if total and total.op == "add" and total.inputs[0].shape == total.inputs[1].shape:
+            norm_of.setdefault(total, node)
+    norms = set(norm_of.values())
+    results: dict[Node, Value] = {}
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        if node in norms:
+            return (results[node],)
+        norm = norm_of.get(node)
+        if norm is None:
+            return None
+        total, results[norm] = new.add_rms_norm(
+            current(node.inputs[0]), current(node.inputs[1]), current(norm.inputs[1]), **norm.attrs
+        )
+        return (total,)
+
+    return replay(graph, visit)

@@ -1,0 +1,234 @@
+"""The model at work: mel windows to audio rows, prompt to cache, token to logits.
+
+Decides how work is cut into batches and chunks and keeps the programs for them. Knows no samples, no text
+and no sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..kernels.formats import Format
+from .executor import Draft, Program, draft_graph
+from .kv_cache import CacheTensor
+from .models.moss_audio import MossAudioConfig, clip_windows, decoder_graph, encoder_graph, token_count
+from .models.qwen3 import Head
+from .prompts import Prompt
+from .weights import load_weight
+
+if TYPE_CHECKING:
+    from .backends.backend import Backend
+    from .gguf import GGUFFile
+
+MAX_PROGRAMS = 16  # of plain runs; the oldest goes
+Arrays = Mapping[str, np.ndarray]
+
+
+def row_stages(c: MossAudioConfig) -> list[str]:
+    """The encoder's results that the decoder takes, in the order of `audio.rows.K`."""
+    return ["adapter", *(f"deepstack.{k}" for k in range(c.n_inject))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows of a request: `mel` [n, 1, n_mels, n_frames] zero-padded, the valid tokens of each, and where they
+    lie among all windows and all audio tokens of the request."""
+
+    mel: np.ndarray
+    lengths: np.ndarray
+    windows: slice
+    tokens: slice
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Flat numbers of the valid tokens, windows one after another."""
+        n_tokens = token_count(self.mel.shape[-1])
+        starts = np.arange(len(self.lengths), dtype=np.int32) * n_tokens
+        return np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, self.lengths, strict=True)])
+
+
+def cut_windows(c: MossAudioConfig, mels: list[np.ndarray], n_batch: int) -> Iterator[Batch]:
+    """Windows of all clips, `n_batch` at a time, each padded to the longest window of the request."""
+    windows = [
+        mel[:, start : start + c.encoder.window_frames]
+        for mel in mels
+        for start in range(0, mel.shape[1], c.encoder.window_frames)
+    ]
+    n_frames = max(w.shape[1] for w in windows)
+    first_token = 0
+    for first in range(0, len(windows), n_batch):
+        group = windows[first : first + n_batch]
+        mel = np.zeros((len(group), 1, c.encoder.num_mel_bins, n_frames), np.float32)
+        for i, window in enumerate(group):
+            mel[i, 0, :, : window.shape[1]] = window
+        lengths = np.array([token_count(w.shape[1]) for w in group], np.int32)
+        last_token = first_token + int(lengths.sum())
+        yield Batch(mel, lengths, slice(first, first + len(group)), slice(first_token, last_token))
+        first_token = last_token
+
+
+class Runtime:
+    """A model file bound to a backend, with one KV cache. One request at a time."""
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: MossAudioConfig,
+        backend: Backend,
+        *,
+        n_ctx: int,
+        kv_format: Format,
+        poison: bool = False,
+    ) -> None:
+        self.config, self.backend, self.n_ctx, self.poison = config, backend, n_ctx, poison
+        self._weights = partial(load_weight, file)
+        d = config.decoder
+        self._caches = {
+            f"kv.{n}.{part}": CacheTensor((n_ctx, d.num_kv_heads, d.head_dim), kv_format)
+            for n in range(d.num_layers)
+            for part in "kv"
+        }
+        self._programs: dict[tuple, Program] = {}
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    # Encoding.
+
+    def encode(self, mels: list[np.ndarray]) -> list[torch.Tensor]:
+        """Log-mel spectrograms [n_mels, n_frames], one a clip -> the rows of `row_stages`, each [n_audio, hidden]."""
+        names = row_stages(self.config)
+        windows = [n for mel in mels for n in clip_windows(self.config.encoder, mel.shape[1])]
+        n_audio = sum(token_count(n) for n in windows)
+        rows = [torch.empty(n_audio, self.config.decoder.hidden_size) for _ in names]
+        for batch in cut_windows(self.config, mels, self.backend.window_batch):
+            results = self._run_batch(batch, names)
+            for name, target in zip(names, rows, strict=True):
+                target[batch.tokens] = results[name]
+        return rows
+
+    def trace_encoder(self, mels: list[np.ndarray], capture: Collection[str], feed: Arrays) -> dict[str, np.ndarray]:
+        """Any stages of the encoder, whole. A stage in `feed` (in the shape it has when captured) is taken as given."""
+        parts = [
+            {name: value.numpy().copy() for name, value in self._run_batch(batch, capture, feed).items()}
+            for batch in cut_windows(self.config, mels, self.backend.window_batch)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in capture}
+
+    def _run_batch(self, batch: Batch, capture: Collection[str], feed: Arrays | None = None) -> dict[str, torch.Tensor]:
+        n_windows, _, _, n_frames = batch.mel.shape
+        n_rows = int(batch.lengths.sum())
+        program = self._program(("encoder", n_windows, n_frames, n_rows), capture, feed)
+        inputs = {"mel": batch.mel, "lengths": batch.lengths, "valid": batch.valid}
+        for name, value in (feed or {}).items():
+            inputs[name] = value[batch.windows if value.ndim == 3 else batch.tokens]
+        return program.run({name: inputs[name] for name in program.inputs})
+
+    # Decoding.
+
+    def prefill(self, prompt: Prompt, rows: list[torch.Tensor]) -> np.ndarray:
+        """Fills the cache with a prompt from position 0 on; gives the logits after its last token [n_vocab], which the
+        next run overwrites."""
+        n = len(prompt.ids)
+        step = self.backend.prefill_chunk
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            head: Head = "last" if stop == n else "none"
+            results = self._run_chunk(prompt, rows, slice(start, stop), head, ["logits"] if head == "last" else [])
+        return results["logits"][0].numpy()
+
+    def decode(self, token: int, position: int) -> np.ndarray:
+        """Appends one token to the cache at `position`; gives the logits after it [n_vocab], as `prefill` does."""
+        program = self._program(("decoder", 1, "all", False), ["logits"], None)
+        inputs = {"input_ids": np.array([token], np.int32), "positions": np.array([position], np.int32)}
+        return program.run(inputs)["logits"][0].numpy()
+
+    def trace_decoder(
+        self, prompt: Prompt, rows: list[torch.Tensor], capture: Collection[str], feed: Arrays
+    ) -> dict[str, np.ndarray]:
+        """Any stages of the decoder for every token of the prompt (logits too); the cache is filled as by `prefill`,
+        unless something is fed."""
+        parts = []
+        for start in range(0, len(prompt.ids), self.backend.prefill_chunk):
+            chunk = slice(start, min(start + self.backend.prefill_chunk, len(prompt.ids)))
+            results = self._run_chunk(prompt, rows, chunk, "all", capture, feed)
+            parts.append({name: value.numpy().copy() for name, value in results.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in capture}
+
+    def _run_chunk(
+        self,
+        prompt: Prompt,
+        rows: list[torch.Tensor],
+        chunk: slice,
+        head: Head,
+        capture: Collection[str],
+        feed: Arrays | None = None,
+    ) -> dict[str, torch.Tensor]:
+        n_tokens = chunk.stop - chunk.start
+        index = prompt.audio_rows[chunk]
+        with_audio = bool(rows) and (feed is not None or bool((index >= 0).any()))
+        program = self._program(("decoder", n_tokens, head, with_audio), capture, feed)
+        inputs = {
+            "input_ids": prompt.ids[chunk],
+            "positions": np.arange(chunk.start, chunk.stop, dtype=np.int32),
+            "last_row": np.array([n_tokens - 1], np.int32),
+            **(chunk_rows(index, rows) if with_audio else {}),
+            **{name: value[chunk] for name, value in (feed or {}).items()},
+        }
+        return program.run({name: inputs[name] for name in program.inputs})
+
+    def _program(self, key: tuple, capture: Collection[str], feed: Arrays | None) -> Program:
+        """The program of a key: ("encoder", windows, frames, rows) or ("decoder", tokens, head, with audio).
+
+        Without `feed` it is a plain run: its program is kept, and all of these share one arena. A traced run (`feed`
+        may be empty) has a program and an arena of its own.
+        """
+        full_key = (*key, *capture)
+        if feed is None and full_key in self._programs:
+            return self._programs[full_key]
+        draft = draft_program(self.config, self.backend, self.n_ctx, key, capture, feed or ())
+        if feed is not None:
+            return Program(draft, self._weights, self._caches, poison=self.poison)
+        if self._arena.numel() < draft.plan.arena_bytes:
+            self._programs.clear()
+            self._arena = torch.empty(draft.plan.arena_bytes, dtype=torch.uint8)
+        if len(self._programs) >= MAX_PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))
+        program = Program(draft, self._weights, self._caches, self._arena, self.poison)
+        self._programs[full_key] = program
+        return program
+
+
+def draft_program(
+    config: MossAudioConfig,
+    backend: Backend,
+    n_ctx: int,
+    key: tuple,
+    capture: Collection[str],
+    feed: Collection[str] = (),
+) -> Draft:
+    """Drafts a program by its key, without weights or caches."""
+    kind, *sizes = key
+    if kind == "encoder":
+        graph = encoder_graph(config, *sizes)
+    else:
+        n_tokens, head, with_audio = sizes
+        graph = decoder_graph(config, n_tokens, n_ctx, head=head, with_audio=with_audio)
+    return draft_graph(graph, backend, capture, feed)
+
+
+def chunk_rows(index: np.ndarray, rows: list[torch.Tensor]) -> dict[str, np.ndarray | torch.Tensor]:
+    """The audio inputs of a chunk: its own rows to the front, numbered from 0; the rest is never read."""
+    n_tokens, used = len(index), index[index >= 0]
+    first, n = (int(used[0]), len(used)) if len(used) else (0, 0)
+    inputs: dict[str, np.ndarray | torch.Tensor] = {
+        "audio.index": np.where(index >= 0, index - first, -1).astype(np.int32)
+    }
+    for k, values in enumerate(rows):
+        inputs[f"audio.rows.{k}"] = padded = torch.zeros(n_tokens, values.shape[1])
+        padded[:n] = values[first : first + n]
+    return inputs

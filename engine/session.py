@@ -1,0 +1,392 @@
+"""A model as people use it: audio and a question in, text out, piece by piece.
+
+`load` gives a `Model`; `Model.stream` gives the text as it is made, `Model.generate` the whole result.
+Knows no terminal and no network. One request at a time a model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from ..kernels.errors import AuricleError
+from .audio import SAMPLE_RATE, load_audio
+from .backends import find_backend
+from .gguf import GGUFFile, open_gguf
+from .kv_cache import KV_FORMATS
+from .mel import log_mel
+from .models.config import ModelError
+from .models.moss_audio import TIME_MARKERS_DEFAULT, MossAudioConfig, clip_tokens, read_moss_audio
+from .prompts import TASKS, Prompt, SpecialIds, build_prompt
+from .sampling import OptionError, Sampler, SamplingOptions
+from .segments import Segment, SegmentParser
+from .text import StopStrings, TextStream, ThinkSplitter
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .backends.backend import Backend
+    from .memory import MemoryPlan
+    from .runtime import Runtime
+
+SPECIAL_KEYS = ("audio_token_id", "audio_start_id", "audio_end_id")  # under `moss_audio.`
+AudioSource = str | os.PathLike | bytes | BinaryIO | np.ndarray
+
+
+class ContextError(AuricleError):
+    """A request that does not fit into the context."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SamplingOptions):
+    """Sampling, and when to stop. `stop`: strings that end the answer and are not part of it. `time_markers`: None
+    takes what the model file says."""
+
+    max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    time_markers: bool | None = None
+
+    def __post_init__(self) -> None:
+        SamplingOptions.__post_init__(self)
+        if self.max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if any(not s for s in self.stop):
+            raise OptionError("a stop string is empty; leave it out or give it a character")
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds: reading and transforming the audio, encoding it, filling the cache with the prompt, and decoding."""
+
+    audio_s: float
+    encode_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def first_token_s(self) -> float:
+        return self.audio_s + self.encode_s + self.prefill_s
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One answer. `text` has neither the think block (`reasoning`) nor the stop string; `token_ids` are the generated
+    ids without the one that ended the answer; `finish_reason` is "stop" or "length"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    reasoning: str
+    segments: tuple[Segment, ...]
+    audio_seconds: float
+    prompt_tokens: int
+    finish_reason: str
+    timings: Timings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Audio that has been read: a spectrogram [n_mels, n_frames] a clip."""
+
+    mels: list[np.ndarray]
+    seconds: float
+
+
+class Model:
+    """An open model file on a backend. Use it as a context manager, or call `close`."""
+
+    def __init__(
+        self, file: GGUFFile, backend: Backend, *, n_ctx: int | None, kv_type: str | None, poison: bool
+    ) -> None:
+        self.file, self.backend = file, backend
+        self.config: MossAudioConfig = read_moss_audio(file)
+        self.tokenizer = Tokenizer.from_metadata(file.metadata)
+        if self.tokenizer.n_tokens != self.config.decoder.vocab_size:
+            raise ModelError(
+                f"{file.path}: {self.tokenizer.n_tokens} tokens but {self.config.decoder.vocab_size} embedding rows; "
+                "convert the checkpoint again"
+            )
+        self.special = SpecialIds(*(file.require(f"moss_audio.{key}", int) for key in SPECIAL_KEYS))
+        self.kv_format = KV_FORMATS[check_kv_type(kv_type or backend.kv_type, self.config.decoder.head_dim)]
+        self.n_ctx = check_context(n_ctx, self.config.decoder.max_position_embeddings)
+        self.time_markers = bool(file.get("moss_audio.time_markers", TIME_MARKERS_DEFAULT))
+        self._poison = poison
+        self._runtime: Runtime | None = None
+        self._turn = 0
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the memory back; the model cannot be used afterwards."""
+        self._runtime = None
+        self._turn += 1
+        self.file.close()
+
+    @property
+    def runtime(self) -> Runtime:
+        """The bound model; made at the first use."""
+        if self._runtime is None:
+            from .runtime import Runtime
+
+            self._runtime = Runtime(
+                self.file, self.config, self.backend, n_ctx=self.n_ctx, kv_format=self.kv_format, poison=self._poison
+            )
+        return self._runtime
+
+    def stream(
+        self,
+        prompt: str = TASKS["transcribe"],
+        audio: AudioSource | Sequence[AudioSource] | None = None,
+        *,
+        sample_rate: int | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Starts an answer; iterate over the result for its text, then read its `result`.
+
+        `audio`: a path, bytes, a binary file or an array (with its `sample_rate`), or a list of these.
+        `options`: the fields of `GenerateOptions`. Raises AudioError, OptionError or ContextError before any work.
+        """
+        known = {f.name for f in fields(GenerateOptions)}
+        if unknown := sorted(options.keys() - known):
+            raise OptionError(f"no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+        chosen = GenerateOptions(**options)
+        start = time.perf_counter()
+        heard = self.listen(audio, sample_rate)
+        ids = self.build_prompt(prompt, heard, chosen.time_markers)
+        if len(ids.ids) >= self.n_ctx:
+            raise ContextError(
+                f"the prompt is {len(ids.ids)} tokens and the context holds {self.n_ctx}; "
+                f"use shorter audio or a larger context (at most {self.config.decoder.max_position_embeddings} here)"
+            )
+        self._turn += 1
+        return Stream(self, heard, ids, chosen, time.perf_counter() - start)
+
+    def generate(
+        self,
+        prompt: str = TASKS["transcribe"],
+        audio: AudioSource | Sequence[AudioSource] | None = None,
+        *,
+        sample_rate: int | None = None,
+        **options: Any,
+    ) -> Result:
+        """The whole answer; arguments as for `stream`."""
+        stream = self.stream(prompt, audio, sample_rate=sample_rate, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def listen(self, audio: AudioSource | Sequence[AudioSource] | None, sample_rate: int | None = None) -> Heard:
+        """Reads clips and takes their spectrograms."""
+        clips = [] if audio is None else list(audio) if isinstance(audio, (list, tuple)) else [audio]
+        tables = [self._table("audio.mel_filters"), self._table("audio.mel_window")]
+        mels, n_samples = [], 0
+        for clip in clips:
+            samples = load_audio(clip, sample_rate)
+            mels.append(log_mel(samples, *tables))
+            n_samples += len(samples)
+        return Heard(mels, n_samples / SAMPLE_RATE)
+
+    def _table(self, name: str) -> np.ndarray | None:
+        """A float32 table of the front end, where the file brings it along."""
+        info = self.file.tensors.get(name)
+        return None if info is None else self.file.data(name).view("<f4").reshape(info.shape)
+
+    def build_prompt(self, text: str, heard: Heard, time_markers: bool | None = None) -> Prompt:
+        markers = self.time_markers if time_markers is None else time_markers
+        counts = [clip_tokens(self.config.encoder, mel.shape[1]) for mel in heard.mels]
+        return build_prompt(self.tokenizer, self.special, text, counts, markers)
+
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        named = (self.tokenizer.id_of(token) for token in ("<|im_end|>", "<|endoftext|>"))
+        keyed = (self.file.get(key, None) for key in ("moss_audio.eos_token_id", "tokenizer.ggml.eos_token_id"))
+        return frozenset(int(i) for i in (*named, *keyed) if i is not None)
+
+    def plan(
+        self, clip_seconds: Sequence[float], prompt: str = TASKS["transcribe"], max_new_tokens: int = 1024
+    ) -> MemoryPlan:
+        """What a request would take in memory; nothing runs. Raises ContextError when it would not fit the context."""
+        from .memory import Request, plan_request
+
+        frames = tuple(int(s * SAMPLE_RATE) // 160 for s in clip_seconds)
+        silent = Heard([np.empty((0, n), np.float32) for n in frames], sum(clip_seconds))
+        ids = self.build_prompt(prompt, silent).ids
+        n_prompt = len(ids)
+        if n_prompt >= self.n_ctx:
+            raise ContextError(
+                f"the prompt would be {n_prompt} tokens and the context holds {self.n_ctx}; use shorter audio"
+            )
+        request = Request(frames, n_prompt, len(np.unique(ids)), min(max_new_tokens, self.n_ctx - n_prompt))
+        return plan_request(self.file, self.config, self.backend, self.kv_format, request)
+
+
+class Stream:
+    """An answer in the making: an iterator over pieces of text. `result` is there once it has ended."""
+
+    def __init__(self, model: Model, heard: Heard, prompt: Prompt, options: GenerateOptions, audio_s: float) -> None:
+        self._model, self._heard, self._prompt, self._options = model, heard, prompt, options
+        self._turn = model._turn
+        self._audio_s = audio_s
+        self._result: Result | None = None
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Result:
+        assert self._result is not None, "the answer has not ended; iterate to its end first"
+        return self._result
+
+    def _run(self) -> Iterator[str]:
+        answer = Answer(self._model.tokenizer, self._options.stop, self._heard.seconds)
+        clock = [time.perf_counter()]
+        rows = self._model.runtime.encode(self._heard.mels) if self._heard.mels else []
+        clock.append(time.perf_counter())
+        logits = self._model.runtime.prefill(self._prompt, rows)
+        del rows
+        clock.append(time.perf_counter())
+        finish_reason = "length"
+        for token in self._tokens(logits):
+            if token is None:
+                finish_reason = "stop"
+                break
+            yield from filter(None, [answer.push(token)])
+            if answer.stopped:
+                finish_reason = "stop"
+                break
+        yield from filter(None, [answer.close()])
+        clock.append(time.perf_counter())
+        steps = [b - a for a, b in pairwise(clock)]
+        self._result = Result(
+            text=answer.text,
+            token_ids=tuple(answer.token_ids),
+            reasoning=answer.reasoning,
+            segments=tuple(answer.segments),
+            audio_seconds=self._heard.seconds,
+            prompt_tokens=len(self._prompt.ids),
+            finish_reason=finish_reason,
+            timings=Timings(self._audio_s, *steps),
+        )
+
+    def _tokens(self, logits: np.ndarray) -> Iterator[int | None]:
+        """Sampled ids until the budget or the context is used up; None for one that ends the answer."""
+        model, stop_ids, sampler = self._model, self._model.stop_ids(), Sampler(self._options)
+        n_prompt = len(self._prompt.ids)
+        history: list[int] = []
+        n_new = min(self._options.max_new_tokens, model.n_ctx - n_prompt)
+        for i in range(n_new):
+            if self._turn != model._turn:
+                raise RuntimeError(
+                    "another request was started, or the model closed; a model runs one request at a time"
+                )
+            token = sampler.sample(logits, history)
+            yield None if token in stop_ids else token
+            history.append(token)
+            if i + 1 < n_new:
+                logits = model.runtime.decode(token, n_prompt + i)
+
+
+class Answer:
+    """Tokens to text: whole characters, the think block apart, nothing beyond a stop string, time stamps parsed."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], audio_seconds: float) -> None:
+        self._text, self._stop = TextStream(tokenizer), StopStrings(stop)
+        self._split = ThinkSplitter(tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
+        self._parser = SegmentParser(audio_seconds)
+        self.token_ids: list[int] = []
+        self.text, self.reasoning = "", ""
+        self.segments: list[Segment] = []
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Takes one id; gives the text that can be shown now."""
+        self.token_ids.append(token)
+        return self._route(token, self._text.push(token))
+
+    def close(self) -> str:
+        """Gives the text that was held back."""
+        shown = self._route(None, self._text.close())
+        if not self.stopped:
+            shown += self._keep(self._stop.flush())
+        self.segments += self._parser.close()
+        return shown
+
+    def _route(self, token: int | None, piece: str) -> str:
+        channel, text = self._split.push(token, piece)
+        if channel == "reasoning":
+            self.reasoning += text
+            return ""
+        shown, self.stopped = self._stop.push(text)
+        return self._keep(shown)
+
+    def _keep(self, shown: str) -> str:
+        self.text += shown
+        self.segments += self._parser.feed(shown)
+        return shown
+
+
+def check_kv_type(kv_type: str, d_head: int) -> str:
+    """`kv_type` if rows of `d_head` can be kept so; else OptionError."""
+    if kv_type not in KV_FORMATS:
+        raise OptionError(f"--kv-type is {kv_type!r}; it must be one of: {', '.join(KV_FORMATS)}")
+    if d_head % KV_FORMATS[kv_type].length:
+        raise OptionError(f"--kv-type {kv_type} needs heads of a multiple of 32; this model's are {d_head}; use f16")
+    return kv_type
+
+
+def check_context(n_ctx: int | None, n_max: int) -> int:
+    """The context in tokens: what was asked for, or all the model has positions for."""
+    if n_ctx is not None and not 1 <= n_ctx <= n_max:
+        raise OptionError(f"--ctx is {n_ctx}; this model takes 1 to {n_max}")
+    return n_ctx or n_max
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    backend: str = "cpu",
+    threads: int | None = None,
+    n_ctx: int | None = None,
+    kv_type: str | None = None,
+    poison: bool = False,
+) -> Model:
+    """Opens a GGUF file and checks that it can be run; weights are read when they are needed.
+
+    `backend`: "cpu" or "reference". `threads`: None uses all cores. `n_ctx`: context in tokens, None for the model's
+    maximum. `kv_type`: "f32", "f16" or "q8_0", None for the backend's choice. `poison`: for tests, see `Program`.
+    Raises GGUFError, ModelError, TokenizerError, BackendError or OptionError, each one line.
+    """
+    file = open_gguf(path)
+    try:
+        chosen = find_backend(backend)
+        if threads is not None:
+            set_threads(threads)
+        return Model(file, chosen, n_ctx=n_ctx, kv_type=kv_type, poison=poison)
+    except AuricleError:
+        file.close()
+        raise
+
+
+def set_threads(n: int) -> None:
+    """How many cores the arithmetic uses, for the whole process."""
+    if n < 1:
+        raise OptionError(f"--threads is {n}; it must be at least 1")
+    import torch
+
+    torch.set_num_threads(n)

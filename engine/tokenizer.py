@@ -1,0 +1,358 @@
+"""Text to token ids and back, rebuilt from the metadata of a GGUF file.
+
+Two kinds: byte-level BPE (`tokenizer.ggml.model = gpt2`, Qwen's pre-tokeniser) through the `tokenizers` package, and
+SentencePiece BPE (`llama`) through the `sentencepiece` package; both are imported at the first encoding.
+Knows no prompt, no chat template and no stop rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..kernels.errors import AuricleError
+from .byte_pairs import BYTE_TO_CHAR, CHAR_TO_BYTE, restore_merges, usable_merges
+
+# Qwen2's pre-tokeniser: contractions, words with one leading mark, single digits, punctuation runs, line ends, spaces.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENISERS = {"qwen2": QWEN2_PATTERN}
+DEFAULT_PRE = "qwen2"  # files without `tokenizer.ggml.pre` come from converters of this family only
+
+# Ids of audio slots. Their text, where there is one, is never read from a prompt: only the prompt builder places them.
+PLACEHOLDER_KEYS = ("audio_token_id", "audio_start_id", "audio_end_id")
+
+SPACE_MARK = "▁"  # SentencePiece's visible space
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenizerError(AuricleError):
+    """The tokenizer in the file cannot be used, or a text cannot be encoded with it."""
+
+
+class TokenType(IntEnum):
+    """Values of `tokenizer.ggml.token_type` (GGUF; the same numbers as in SentencePiece's own model files)."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All tokens in id order; `index` leaves out the `[PADn]` fillers and gives the lowest id of a repeated token."""
+
+    tokens: Sequence[str]
+    types: np.ndarray  # [n_tokens] int32, TokenType; fillers are UNUSED whatever the file calls them
+    index: dict[str, int]
+
+    def of_type(self, *types: TokenType) -> list[int]:
+        return np.flatnonzero(np.isin(self.types, types)).tolist()
+
+
+class _Codec(Protocol):
+    """One kind of tokenizer: plain text without special tokens to ids, and a token's text to its bytes."""
+
+    leading_space: bool  # encoding puts a space before the text, so decoding takes one away
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def bytes_of(self, token: str, kind: TokenType) -> bytes: ...
+
+
+class Tokenizer:
+    """`encode` and `decode` for one vocabulary. Cheap to build; the merge table is built at the first `encode`."""
+
+    def __init__(self, vocabulary: Vocabulary, codec: _Codec, placeholders: frozenset[int] = frozenset()) -> None:
+        self._vocabulary = vocabulary
+        self._codec = codec
+        self._placeholders = placeholders
+        self.n_tokens: int = len(vocabulary.tokens)
+        self.leading_space: bool = codec.leading_space
+        self.special_ids: frozenset[int] = frozenset(vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN))
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Build from the metadata of a GGUF file (`tokenizer.ggml.*`).
+
+        Without `token_type`, special tokens are the ids above the last BPE token that are written `<…>`.
+        Raises TokenizerError when the kind of tokenizer is unknown or its tables are missing.
+        """
+        model = _string(metadata, "tokenizer.ggml.model")
+        if model == "gpt2":
+            vocabulary, codec = _byte_level(metadata)
+        elif model == "llama":
+            vocabulary, codec = _sentence_piece(metadata)
+        else:
+            raise TokenizerError(f"tokenizer.ggml.model is {model!r}; this program reads 'gpt2' and 'llama'")
+        return cls(vocabulary, codec, _placeholder_ids(metadata))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised, none is added. Raises TokenizerError."""
+        _check_unicode(text)
+        ids: list[int] = []
+        for fragment, special in self._fragments(text):
+            if special is not None:
+                ids.append(special)
+            elif fragment:
+                ids.extend(self._codec.encode(fragment))
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`: U+FFFD for bytes that are no UTF-8; nothing for fillers, nor for specials unless asked for."""
+        kept = (i for i in ids if not (skip_special and i in self.special_ids))
+        text = b"".join(self.token_bytes(i) for i in kept).decode("utf-8", "replace")
+        return text[1:] if self.leading_space and text.startswith(" ") else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for: maybe half a character, b"" for a filler, a special token as it is written."""
+        assert 0 <= token_id < self.n_tokens, f"{token_id=} {self.n_tokens=}"
+        kind = TokenType(int(self._vocabulary.types[token_id]))
+        return b"" if kind == TokenType.UNUSED else self._codec.bytes_of(self._vocabulary.tokens[token_id], kind)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as it is written in the vocabulary (`<think>`, `Ġthe`), None when there is none."""
+        return self._vocabulary.index.get(token)
+
+    @cached_property
+    def _recognised(self) -> dict[str, int]:
+        types = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+        ids = (i for i in self._vocabulary.of_type(*types) if i not in self._placeholders)
+        tokens = ((self._vocabulary.tokens[i], i) for i in ids)
+        return {token: i for token, i in tokens if token and SPACE_MARK not in token}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self._recognised, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def _fragments(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Cut `text` at the special tokens: (plain text, None) or (special token, its id)."""
+        cursor = 0
+        for match in self._special_pattern.finditer(text) if self._special_pattern else ():
+            yield text[cursor : match.start()], None
+            yield match[0], self._recognised[match[0]]
+            cursor = match.end()
+        yield text[cursor:], None
+
+
+def _string(metadata: Mapping[str, Any], key: str) -> str:
+    value = metadata.get(key)
+    if not isinstance(value, str):
+        problem = "missing" if value is None else "not a string"
+        raise TokenizerError(f"{key} is {problem}; the file holds no usable tokenizer")
+    return value
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
+    values = metadata.get(key)
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        problem = "missing" if values is None else "not a list of strings"
+        raise TokenizerError(f"{key} is {problem}; convert the model again")
+    return values
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, n_tokens: int) -> np.ndarray | None:
+    """One number a token, or None when the key is absent."""
+    if key not in metadata:
+        return None
+    values = np.asarray(metadata[key])
+    if values.shape != (n_tokens,) or values.dtype.kind not in "iuf":
+        raise TokenizerError(f"{key} has {values.size} values for {n_tokens} tokens; convert the model again")
+    return values
+
+
+def _given_types(metadata: Mapping[str, Any], n_tokens: int) -> np.ndarray | None:
+    types = _numbers(metadata, "tokenizer.ggml.token_type", n_tokens)
+    if types is None:
+        return None
+    if n_tokens and not (types.min() >= 1 and types.max() <= 6):
+        raise TokenizerError("tokenizer.ggml.token_type holds a value outside 1..6; convert the model again")
+    return types.astype(np.int32)
+
+
+def _fillers(tokens: Sequence[str]) -> list[int]:
+    """Ids that exist only to fill the embedding up, written `[PADn]`."""
+    return [i for i, token in enumerate(tokens) if token.startswith("[PAD") and token == f"[PAD{i}]"]
+
+
+def _vocabulary(tokens: Sequence[str], types: np.ndarray, fillers: Sequence[int]) -> Vocabulary:
+    types = types.copy()
+    types[list(fillers)] = TokenType.UNUSED
+    index = {token: i for i, token in zip(range(len(tokens) - 1, -1, -1), reversed(tokens), strict=True)}
+    for i in fillers:
+        index.pop(tokens[i], None)
+    return Vocabulary(tokens, types, index)
+
+
+def _placeholder_ids(metadata: Mapping[str, Any]) -> frozenset[int]:
+    architecture = metadata.get("general.architecture", "")
+    values = (metadata.get(f"{architecture}.{key}") for key in PLACEHOLDER_KEYS)
+    return frozenset(int(value) for value in values if isinstance(value, int | np.integer))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text is not valid Unicode at character {error.start}; pass it as UTF-8") from None
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> tuple[Vocabulary, _ByteLevel]:
+    pre = metadata.get("tokenizer.ggml.pre", DEFAULT_PRE)
+    if pre not in PRE_TOKENISERS:
+        raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}; this program knows {', '.join(sorted(PRE_TOKENISERS))}")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    lines = _strings(metadata, "tokenizer.ggml.merges") if "tokenizer.ggml.merges" in metadata else ()
+    fillers = _fillers(tokens)
+    types = _given_types(metadata, len(tokens))
+    vocabulary = _vocabulary(tokens, np.ones(len(tokens), np.int32) if types is None else types, fillers)
+    if types is None:
+        vocabulary.types[_special_by_form(vocabulary, lines)] = TokenType.CONTROL
+    return vocabulary, _ByteLevel(vocabulary, lines, PRE_TOKENISERS[pre])
+
+
+def _special_by_form(vocabulary: Vocabulary, merges: Sequence[str]) -> list[int]:
+    """Ids above the last BPE token that are written `<…>`.
+
+    The last BPE token is the highest one a merge makes, never a count: some files have lost merges from the middle.
+    """
+    made = (vocabulary.index.get(line.replace(" ", ""), -1) for line in merges)
+    bytes_ = (vocabulary.index.get(char, -1) for char in CHAR_TO_BYTE)
+    last = max(max(made, default=-1), max(bytes_))
+    return [
+        i
+        for i, token in enumerate(vocabulary.tokens[last + 1 :], last + 1)
+        if len(token) > 2 and token.startswith("<") and token.endswith(">")
+    ]
+
+
+class _ByteLevel:
+    """Byte-level BPE over NFC-normalised text."""
+
+    leading_space = False
+
+    def __init__(self, vocabulary: Vocabulary, merges: Sequence[str], pattern: str) -> None:
+        self._vocabulary = vocabulary
+        self._merges = merges
+        self._pattern = pattern
+        self._absent = frozenset(byte for byte, char in BYTE_TO_CHAR.items() if char not in vocabulary.index)
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._bpe.encode(text, add_special_tokens=False).ids
+        if self._absent and (lost := self._absent.intersection(text.encode())):
+            raise TokenizerError(f"the vocabulary has no token for byte 0x{min(lost):02x}; this text cannot be encoded")
+        return ids
+
+    def bytes_of(self, token: str, kind: TokenType) -> bytes:
+        if kind != TokenType.NORMAL or not CHAR_TO_BYTE.keys() >= set(token):
+            return token.encode()  # an added token is written as plain text
+        return bytes([CHAR_TO_BYTE[char] for char in token])
+
+    @cached_property
+    def _bpe(self) -> Any:
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+        tokens, index = self._vocabulary.tokens, self._vocabulary.index
+        merges = usable_merges(self._merges, index)
+        merges = restore_merges(merges, tokens, index, self._vocabulary.of_type(TokenType.NORMAL))
+        bpe = Tokenizer(models.BPE(vocab=index, merges=merges))
+        bpe.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(self._pattern), behavior="isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
+        return bpe
+
+
+def _sentence_piece(metadata: Mapping[str, Any]) -> tuple[Vocabulary, _SentencePiece]:
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
+    if scores is None:
+        raise TokenizerError("tokenizer.ggml.scores is missing, which 'llama' needs; convert the model again")
+    types = _given_types(metadata, len(tokens))
+    vocabulary = _vocabulary(tokens, _piece_types(tokens) if types is None else types, _fillers(tokens))
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    charsmap = bytes(np.asarray(metadata.get("tokenizer.ggml.precompiled_charsmap", ()), dtype=np.uint8))
+    return vocabulary, _SentencePiece(vocabulary, scores, prefix, charsmap)
+
+
+def _piece_types(tokens: Sequence[str]) -> np.ndarray:
+    named = {"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL}
+    plain = {True: TokenType.BYTE, False: TokenType.NORMAL}
+    return np.array([named.get(t, plain[_BYTE_PIECE.fullmatch(t) is not None]) for t in tokens], np.int32)
+
+
+class _SentencePiece:
+    """SentencePiece BPE: pieces with scores, a space written as U+2581, unknown bytes as `<0xNN>`."""
+
+    def __init__(self, vocabulary: Vocabulary, scores: np.ndarray, space_prefix: bool, charsmap: bytes) -> None:
+        self.leading_space = space_prefix
+        self._vocabulary = vocabulary
+        self._scores = scores
+        self._charsmap = charsmap
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def bytes_of(self, token: str, kind: TokenType) -> bytes:
+        written = _BYTE_PIECE.fullmatch(token) if kind == TokenType.BYTE else None
+        return bytes([int(written[1], 16)]) if written else token.replace(SPACE_MARK, " ").encode()
+
+    @cached_property
+    def _processor(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        model = _model_proto(self._vocabulary, self._scores, self.leading_space, self._charsmap)
+        try:
+            return SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise TokenizerError(
+                f"sentencepiece refuses the tokenizer in the file ({reason}); convert the model again"
+            ) from None
+
+
+def _model_proto(vocabulary: Vocabulary, scores: np.ndarray, space_prefix: bool, charsmap: bytes) -> bytes:
+    """A SentencePiece model file; field numbers from `sentencepiece_model.proto`."""
+    byte_fallback = bool(vocabulary.of_type(TokenType.BYTE))
+    trainer = _field(3, 2) + _field(4, len(vocabulary.tokens)) + _field(35, int(byte_fallback))  # model_type 2: BPE
+    unknown = vocabulary.of_type(TokenType.UNKNOWN)
+    trainer += _field(45, vocabulary.tokens[unknown[0]].encode()) if unknown else b""
+    normalizer = _field(2, charsmap) + _field(3, int(space_prefix)) + _field(4, 0) + _field(5, 1)
+    pieces = [_field(1, _piece(vocabulary, i, float(score))) for i, score in enumerate(scores)]
+    return b"".join([*pieces, _field(2, trainer), _field(3, normalizer)])
+
+
+def _piece(vocabulary: Vocabulary, token_id: int, score: float) -> bytes:
+    """One entry of the list of pieces. A repeated or empty one, which SentencePiece rejects, becomes an unused one."""
+    token = vocabulary.tokens[token_id]
+    kind = int(vocabulary.types[token_id])
+    if not token or (kind != TokenType.UNUSED and vocabulary.index[token] != token_id):
+        token, kind = f"[PAD{token_id}]", int(TokenType.UNUSED)
+    number = b"\x15" + np.float32(score).tobytes()  # field 2, four bytes
+    return _field(1, token.encode()) + number + _field(3, kind)
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A protobuf field: a varint, or bytes with their length."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

@@ -1,0 +1,87 @@
+"""The plan is a promise: what `auricle plan` says is what a process really takes at its peak."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from auricle.convert.hf import convert, plan_conversion
+from auricle.engine import AuricleError, load
+from auricle.engine.memory import peak_bytes
+from auricle.engine.models.moss_audio import PART_NAMES, part_of
+from auricle.tools.sample import SampleShape
+from checkpoints import sparse_checkpoint
+
+SECONDS = 60
+LARGE = SampleShape(
+    enc_d_model=512, enc_n_layer=8, enc_n_head=8, enc_d_ff=2048, enc_d_conv=128, enc_d_out=512, d_adapter=2048,
+    d_model=1024, n_layer=10, n_head=16, n_kv_head=8, d_head=128, d_ff=3072, n_vocab=32_000,
+)  # fmt: skip
+RUN = """
+import sys
+import numpy as np
+from auricle.engine import load
+from auricle.engine.memory import peak_bytes
+with load(sys.argv[1], backend=sys.argv[2]) as model:
+    model.generate(audio=np.full({seconds} * 16_000, 0.1, np.float32), max_new_tokens=4)
+print(peak_bytes())
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 300 MB of zeros in bf16: large enough that the interpreter is not most of it."""
+    folder = tmp_path_factory.mktemp("large")
+    convert(plan_conversion(sparse_checkpoint(folder / "checkpoint", LARGE), "bf16"), folder / "model.gguf")
+    return folder / "model.gguf"
+
+
+def run_python(*arguments: object) -> str:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# The reference runs definitions whose temporaries are PyTorch's own: what the C allocator keeps of them is not planned.
+@pytest.mark.parametrize(
+    ("backend", "seconds", "within"), [("cpu", 10, 0.05), ("cpu", SECONDS, 0.05), ("reference", SECONDS, 0.10)]
+)
+def test_the_measured_peak_is_the_planned_one(model: Path, backend: str, seconds: int, within: float) -> None:
+    options = ("--audio", f"{seconds}s", "--max-new-tokens", 4, "--backend", backend, "--json")
+    planned = json.loads(run_python("-m", "auricle.tools", "plan", "-m", model, *options))
+    measured = int(run_python("-c", RUN.format(seconds=seconds), model, backend))
+    assert planned["total"] == pytest.approx(measured, rel=within), json.dumps({**planned, "measured": measured})
+
+
+def test_parts_cover_the_file(model: Path) -> None:
+    with load(model) as opened:
+        assert {part_of(name) for name in opened.file.tensors} == set(PART_NAMES)
+        memory = opened.plan([SECONDS])
+        stored = sum(t.nbytes for t in opened.file.tensors.values())
+        read_in_part = sum(t.nbytes for t in opened.file.tensors.values() if part_of(t.name) == "embedding")
+    assert sum(memory.weights.values()) - memory.weights["embedding"] == stored - read_in_part
+    assert (
+        memory.total == sum(memory.weights.values()) + memory.kv_cache + memory.arena + memory.libraries + memory.audio
+    )
+
+
+def test_nothing_runs_and_little_is_read(model: Path) -> None:
+    with load(model) as opened:
+        before = peak_bytes()
+        opened.plan([600.0])
+        assert peak_bytes() - before < 60 << 20
+        with pytest.raises(AuricleError, match="use shorter audio"):
+            opened.plan([3600.0])
+
+
+def test_parts_grow_as_they_should(model: Path) -> None:
+    with load(model) as opened:
+        one, ten, none = (opened.plan(clips) for clips in ([60.0], [600.0], []))
+    assert ten.kv_cache > 4 * one.kv_cache
+    assert ten.audio == 10 * one.audio
+    assert ten.weights["encoder"] == one.weights["encoder"] > none.weights["encoder"] == 0
+    assert none.audio == 0

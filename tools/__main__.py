@@ -1,0 +1,5 @@
+"""`python -m auricle.tools`: the command line."""
+
+from .cli.main import run
+
+run()

@@ -1,0 +1,119 @@
+"""`auricle transcribe` and `auricle ask`: text on stdout as it is made, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...engine import Model, Result
+from ...engine.prompts import TASKS
+from ...engine.sampling import OptionError
+from ...kernels.errors import AuricleError
+from .app import app, complain
+from .options import AnswerSettings, with_settings
+
+
+@app.command()
+@with_settings(AnswerSettings)
+def transcribe(
+    files: Annotated[list[str], typer.Argument(help="Audio files; - reads one from stdin.", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask of each file.")] = TASKS["transcribe"],
+    *,
+    settings: AnswerSettings,
+) -> None:
+    """Write down what is said in each file.
+
+    Each file is a request of its own. With --json there is one JSON document a line and file.
+    """
+    with settings.open() as model:
+        statuses = [_answer(model, [file], prompt, settings) for file in files]
+    raise typer.Exit(next((status for status in statuses if status), 0))
+
+
+@app.command()
+@with_settings(AnswerSettings)
+def ask(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[FILE]... QUESTION", help="Audio files, then the question.", show_default=False),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The question; then all arguments are files.", show_default=False)
+    ] = None,
+    *,
+    settings: AnswerSettings,
+) -> None:
+    """Ask a question about one or more audio files, or without any.
+
+    All files belong to one question, in their order.
+    """
+    files, question = split_question(words, prompt)
+    with settings.open() as model:
+        raise typer.Exit(_answer(model, files, question, settings))
+
+
+def split_question(words: list[str], prompt: str | None) -> tuple[list[str], str]:
+    """Files and question of `ask`. Raises OptionError when the question is missing."""
+    if prompt is not None:
+        return words, prompt
+    *files, question = words
+    if question == "-" or Path(question).exists():
+        raise OptionError(
+            f"the question is missing: the last argument, {question}, is a file; put the question after it"
+        )
+    return files, question
+
+
+def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSettings) -> int:
+    """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too."""
+    named = {"model": str(settings.model), "file": files[0] if len(files) == 1 else files or None}
+    try:
+        sources = [sys.stdin.buffer.read() if file == "-" else file for file in files]
+        result = _stream(model, sources, prompt, settings)
+    except AuricleError as error:
+        if settings.as_json:
+            print(json.dumps({**named, "error": str(error)}, ensure_ascii=False), flush=True)
+        return complain(error)
+    if settings.as_json:
+        print(json.dumps({**named, **result.to_dict()}, ensure_ascii=False), flush=True)
+    elif sys.stderr.isatty():
+        t = result.timings
+        print(
+            f"{result.audio_seconds:.1f} s of audio, first text after {t.first_token_s:.2f} s, "
+            f"{len(result.token_ids)} tokens in {t.decode_s:.2f} s",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _stream(model: Model, sources: list[Any], prompt: str, settings: AnswerSettings) -> Result:
+    """Prints the text while it is made, if wanted; on a terminal a line says what is going on until it starts."""
+    from rich.console import Console
+
+    console, show = Console(stderr=True), not settings.as_json
+    with console.status("listening …") if console.is_terminal else _Quiet() as status:
+        stream = model.stream(prompt, sources or None, **settings.generation())
+        for piece in stream:
+            if show:
+                status.stop()
+                print(piece, end="", flush=True)
+    if show:
+        print(flush=True)
+    return stream.result
+
+
+class _Quiet:
+    """Takes the place of a status line where there is no terminal."""
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass

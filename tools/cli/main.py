@@ -1,0 +1,17 @@
+"""The entry point of `auricle`."""
+
+from __future__ import annotations
+
+import sys
+
+from ...kernels.errors import AuricleError
+from . import answer, files  # noqa: F401  (their commands register themselves)
+from .app import app, complain
+
+
+def run() -> None:
+    """Runs a command and turns what went wrong into a status."""
+    try:
+        app()
+    except AuricleError as error:
+        sys.exit(complain(error))

@@ -1,0 +1,1 @@
+"""The PyTorch model put together from transformers parts, to compare the engine with."""
