@@ -13,8 +13,8 @@ from auricle.engine import AuricleError, load
 from auricle.engine.gguf import Typed, open_gguf, string, u32
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.models.config import ModelError
-from auricle.engine.models.moss_audio import token_count
 from auricle.tools.sample import SampleShape, write_checkpoint
+from auricle.tools.stages import drop_padding, trace_stages, window_lengths
 from sounds import synthetic
 
 oracle = pytest.importorskip("auricle.tools.oracle.model", reason="needs transformers (the test extra)")
@@ -52,14 +52,6 @@ def built(tmp_path_factory: pytest.TempPathFactory):
     return build
 
 
-def valid_rows(stage: np.ndarray, frames: list[int], width: int) -> np.ndarray:
-    """Rows of valid tokens of a [windows, tokens, d] stage; other stages as they are."""
-    if stage.ndim == 2:
-        return stage
-    lengths = [token_count(min(width, n - start)) for n in frames for start in range(0, n, width)]
-    return np.concatenate([window[:n] for window, n in zip(stage, lengths, strict=True)])
-
-
 @pytest.mark.parametrize("clips", CLIPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_engine_agrees_with_pytorch(built, shape: str, clips: str) -> None:
@@ -73,16 +65,12 @@ def test_engine_agrees_with_pytorch(built, shape: str, clips: str) -> None:
         prompt = model.build_prompt("What do you hear?", heard)
         mask = prompt.audio_rows >= 0
         want = oracle.load_oracle(checkpoint).run(heard.mels, prompt.ids, mask, n_new=12)
-        encoder = [s for s in want if s.startswith(("enc.", "adapter", "deepstack"))]
-        decoder = [s for s in want if s.startswith("llm.") or s == "logits"]
-        rows = model.runtime.encode(heard.mels)
-        got = model.runtime.trace_encoder(heard.mels, encoder, {})
-        got |= model.runtime.trace_decoder(prompt, rows, decoder, {})
-        generated = greedy(model, prompt, rows, 12)
-    assert len(got) == len(want) - 1
-    frames = [mel.shape[1] for mel in heard.mels]
+        got = trace_stages(model, heard, prompt, want.keys() - {"generated_ids"})
+        generated = greedy(model, prompt, model.runtime.encode(heard.mels), 12)
+        lengths = window_lengths(model.config.encoder, [mel.shape[1] for mel in heard.mels])
+    assert got.keys() == want.keys() - {"generated_ids"}
     for name, value in got.items():
-        a, b = (valid_rows(x, frames, 2 * SHAPES[shape].n_window) for x in (value, want[name]))
+        a, b = (drop_padding(x, lengths) for x in (value, want[name]))
         assert a.shape == b.shape, name
         assert np.abs(a - b).max() <= 1e-4 * max(1, np.abs(b).max()), name
     assert generated == want["generated_ids"].tolist()

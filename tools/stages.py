@@ -1,0 +1,67 @@
+"""Every named value of a request, and how near two of them are.
+
+Runs a model with any of its stages captured, reads stages that others stored, and compares row by row.
+Does not know where the other side comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from ..engine import Model
+from ..engine.models.moss_audio import EncoderConfig, clip_windows, token_count
+from ..engine.prompts import Prompt
+from ..engine.session import Heard
+
+
+def read_stages(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A safetensors file of stages: {name: array} and its text metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def trace_stages(model: Model, heard: Heard, prompt: Prompt, names: Collection[str]) -> dict[str, np.ndarray]:
+    """The stages `names` of one request: `mel`, of the encoder for all windows, of the decoder for all prompt tokens."""
+    decoder = [name for name in names if name.startswith("llm.") or name == "logits"]
+    encoder = [name for name in names if name not in decoder and name != "mel"]
+    stages = {"mel": np.concatenate(heard.mels, axis=1)} if "mel" in names else {}
+    rows = model.runtime.encode(heard.mels) if heard.mels else []
+    if encoder:
+        stages |= model.runtime.trace_encoder(heard.mels, encoder, {})
+    if decoder:
+        stages |= model.runtime.trace_decoder(prompt, rows, decoder, {})
+    return stages
+
+
+def window_lengths(c: EncoderConfig, clip_frames: Collection[int]) -> list[int]:
+    """Valid tokens of each window of a request."""
+    return [token_count(n) for frames in clip_frames for n in clip_windows(c, frames)]
+
+
+def drop_padding(stage: np.ndarray, lengths: Collection[int]) -> np.ndarray:
+    """The valid tokens of a [windows, tokens, d] stage as [n, d]; a stage without windows as it is."""
+    if stage.ndim == 2:
+        return stage
+    return np.concatenate([window[:n] for window, n in zip(stage, lengths, strict=True)])
+
+
+def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of rows: [n, d], [n, d] -> float64 [n]."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def mean_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference), in nats: [n, n_vocab] each."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
