@@ -26,7 +26,7 @@ def read_stages(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def trace_stages(model: Model, heard: Heard, prompt: Prompt, names: Collection[str]) -> dict[str, np.ndarray]:
-    """The stages `names` of one request: `mel`, of the encoder for all windows, of the decoder for all prompt tokens."""
+    """Stages of one request: `mel`, of the encoder for all windows, of the decoder for all prompt tokens."""
     decoder = [name for name in names if name.startswith("llm.") or name == "logits"]
     encoder = [name for name in names if name not in decoder and name != "mel"]
     stages = {"mel": np.concatenate(heard.mels, axis=1)} if "mel" in names else {}
