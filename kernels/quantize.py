@@ -8,8 +8,9 @@ another, and the search alternates between them:
 1. Each run of weights (a sub-block of a K-quant, or a whole small block) is rounded on a few trial grids, whose ends
    lie a little inside or outside of the run's own range. For each, the fit to the codes so found is solved, and the
    fit with the least error is kept. Clipping the ends pays: a finer step helps all weights, and costs only one.
-2. The scales of a super-block's runs are divided by their largest, rounded to half precision, and become integers
-   (4, 6 or 8 bits); so do the minima.
+2. The scales of a super-block's runs become integers (4, 6 or 8 bits) of one half-precision scale, which is their
+   largest over the last integer; so do the minima. Halves below 2**-14 are coarse, and weights are often that small:
+   they are rounded outward, or the largest scales would be cut short.
 3. With codes and integers fixed, the super-block's two half-precision scales are fitted again. With those fixed, each
    run moves its integers to the best neighbours, its codes following. Affine types do this twice.
 
@@ -48,7 +49,7 @@ from .formats import (
 )
 
 HALF_MAX = np.float32(65504)
-SLAB = 1 << 16  # weights encoded at a time: they and their codes stay in a core's cache
+SLAB = 1 << 17  # weights encoded at a time: they and their codes stay near a core
 IMPORTANCE_FLOOR = np.float32(1e-4)  # of the mean: a column that never fired still has a preference
 
 Encoder = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
@@ -121,8 +122,8 @@ def _usable_importance(importance: np.ndarray, n_cols: int) -> np.ndarray | None
             f"importance of column {column} is {importance[column]}; collect it again from finite activations",
             column=column,
         )
-    mean = importance.mean(dtype=np.float64)
-    return (importance / mean).astype(np.float32) + IMPORTANCE_FLOOR if mean > 0 else None
+    mean = importance.sum(dtype=np.float64) / max(n_cols, 1)
+    return np.maximum((importance / mean).astype(np.float32), IMPORTANCE_FLOOR) if mean > 0 else None
 
 
 def _check_finite(x: np.ndarray, first_row: int) -> None:

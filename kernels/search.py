@@ -2,8 +2,8 @@
 
 Works on panels. A panel is sixteen runs (sub-blocks of a K-quant, or whole small blocks) side by side: number `i` of
 run `lane` lies at `i * LANES + lane`, so that one SIMD lane serves one run and nothing is ever summed across lanes.
-Every loop over lanes below therefore reads like the code for a single run. No step depends on the order of a sum
-across lanes or on fused multiplications, so the result is the same on every machine and for any number of threads.
+Every loop over lanes therefore reads like the code for a single run, and the order of every sum is fixed: the result
+is the same on every machine and for any number of threads.
 
 `quantize.py` explains the method and loads this module on first use, since it imports numba. Knows no block layout.
 """
@@ -17,34 +17,31 @@ from numba import njit
 
 from .dequantize import IQ4_VALUES
 
+F32 = np.float32
 LANES = 16
 ROWS = 16  # rows of a panel that are unrolled; every run length is a multiple
-
 AFFINE_ROUNDS = 2  # of refitting a super-block and moving levels; the second gains 0.3 %
-SYMMETRIC_ROUNDS = 1  # where it gains 0.05 %
+SYMMETRIC_ROUNDS = 1  # a second would gain 0.05 %
 
-F32 = np.float32
 HALF_MAX = F32(65504)
 HALF_NORMAL = F32(2**-14)
 HALF_STEP = F32(2**-24)  # the smallest half above zero
 CEILING = F32(1e12)  # beyond what any block can hold, and its square times any importance is still finite
 INFINITY = F32(np.inf)  # in place of a divisor of zero: divides anything to zero, and needs no branch
 FLAT = F32(1e-30)  # a range that counts as none: its reciprocal would overflow
-
 ALIKE = F32(1e-6)  # a determinant below this share of its terms is a rounding error
-
 # A better fit must be better by this share, else rounding errors would choose between equals. Candidates come with the
 # finest scale first: of two equal fits the finer one leaves the super-block more room.
 MARGIN = F32(1e-5)
 
-# Where the ends of the range are put, in steps outside (-) or inside (+) of the outermost codes.
+# Where trial grids end, in steps inside (+) or outside (-) of the run's own range.
 AFFINE_SHIFTS = np.array([1.2, 0.4, -0.2, -0.8], dtype=F32)
 SYMMETRIC_SHIFTS = np.array([1.6, 0.8, 0.4, 0.0, -0.4, -0.8], dtype=F32)
-
-TABLE_UNIT = F32(8)  # what a step is to SYMMETRIC_SHIFTS, on a table of uneven ones
+TABLE_UNIT = F32(8)  # what counts as a step among the uneven ones of the table
 TABLE_STEPS = np.diff(IQ4_VALUES)
 TABLE_MIDDLES = (IQ4_VALUES[1:] + IQ4_VALUES[:-1]) / 2
 
+# No fast math: without it the bytes are the same on every machine.
 _inner = njit(nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _entry = njit(nogil=True, error_model="numpy", cache=True)
 
@@ -55,7 +52,7 @@ class Panel(NamedTuple):
     x: np.ndarray  # [n * LANES] weights
     w: np.ndarray  # [n * LANES] importance
     codes: np.ndarray  # uint8 [n * LANES]
-    low: np.ndarray  # [LANES] and so are all below: smallest weight, at most 0 where minima may not be negative
+    low: np.ndarray  # [LANES], as all below: smallest weight, at most 0 where minima may not be negative
     high: np.ndarray
     sum_w: np.ndarray
     sum_wx: np.ndarray
@@ -86,13 +83,9 @@ def new_panel(n: int) -> Panel:
 @_inner
 def _load(p, x, w, first, n):
     """Transpose runs `first` ... of `x` [n_runs, n] into the panel; `w` [runs a row, n] repeats row after row."""
-    n_present = min(LANES, x.shape[0] - first)
-    for lane in range(n_present):
+    for lane in range(min(LANES, x.shape[0] - first)):  # lanes past the end keep what they held: nothing reads them
         for i in range(n):
             p.x[i * LANES + lane] = x[first + lane, i]
-    for lane in range(n_present, LANES):
-        for i in range(n):
-            p.x[i * LANES + lane] = F32(0)
     if w.shape[0] > 0:
         for lane in range(LANES):
             run = (first + lane) % w.shape[0]
@@ -134,8 +127,57 @@ def _to_half(x):
 
 
 @_inner
-def _moments(p, n, bottom, top):
+def _nearest(x):
+    """The nearest value of the IQ4 table: one comparison a gap, since lanes cannot branch."""
+    value = IQ4_VALUES[0]
+    for gap in range(len(TABLE_STEPS)):
+        value += TABLE_STEPS[gap] if x > TABLE_MIDDLES[gap] else F32(0)
+    return value
+
+
+@_inner
+def _table_moments(p, n):
+    for lane in range(LANES):
+        p.qq[lane] = p.qx[lane] = F32(0)
+    for i in range(n):
+        xs, ws = p.x[i * LANES : (i + 1) * LANES], p.w[i * LANES : (i + 1) * LANES]
+        for lane in range(LANES):
+            value = _nearest(xs[lane] * p.inverse[lane])
+            weighted = ws[lane] * value
+            p.qq[lane] += weighted * value
+            p.qx[lane] += weighted * xs[lane]
+
+
+@_inner
+def _table_errors(p, n):
+    for lane in range(LANES):
+        p.error[lane] = F32(0)
+        p.inverse[lane] = _reciprocal(p.scale[lane])
+    for i in range(n):
+        xs, ws = p.x[i * LANES : (i + 1) * LANES], p.w[i * LANES : (i + 1) * LANES]
+        for lane in range(LANES):
+            miss = xs[lane] - p.scale[lane] * _nearest(xs[lane] * p.inverse[lane])
+            p.error[lane] += ws[lane] * miss * miss
+
+
+@_inner
+def _table_codes(p, n):
+    for i in range(n):
+        xs, codes = p.x[i * LANES : (i + 1) * LANES], p.codes[i * LANES : (i + 1) * LANES]
+        for lane in range(LANES):
+            x = xs[lane] * p.inverse[lane]
+            code = np.uint8(0)
+            for gap in range(len(TABLE_STEPS)):
+                code += np.uint8(x > TABLE_MIDDLES[gap])
+            codes[lane] = code
+
+
+@_inner
+def _moments(p, n, bottom, top, table):
     """Round to codes q = (x + offset) * inverse within bottom ... top, and sum w q, w q^2, w q x."""
+    if table:
+        _table_moments(p, n)
+        return
     for lane in range(LANES):
         p.q[lane] = p.qq[lane] = p.qx[lane] = F32(0)
     for first in range(0, n, ROWS):
@@ -153,8 +195,11 @@ def _moments(p, n, bottom, top):
 
 
 @_inner
-def _errors(p, n, bottom, top):
+def _errors(p, n, bottom, top, table):
     """Sum w (x - decoded)^2 for the levels on trial, each weight rounded to its nearest code."""
+    if table:
+        _table_errors(p, n)
+        return
     for lane in range(LANES):
         p.error[lane] = F32(0)
     for first in range(0, n, ROWS):
@@ -182,11 +227,9 @@ def _fit_affine(p, n, top, floor):
                 extent = p.high[lane] - p.low[lane]
                 p.inverse[lane] = steps / (extent if extent > FLAT else INFINITY)
                 p.offset[lane] = max(-p.low[lane] - inside_low / steps * extent, floor)
-            _moments(p, n, F32(0), top)
+            _moments(p, n, F32(0), top, False)
             for lane in range(LANES):
-                scale, minimum, fit = _solve_affine(
-                    p.sum_w[lane], p.sum_wx[lane], p.q[lane], p.qq[lane], p.qx[lane], floor
-                )
+                scale, minimum, fit = _solve_affine(p, lane, floor)
                 old_scale, old_minimum, old_fit = p.scale[lane], p.minimum[lane], p.fit[lane]
                 better = fit < old_fit - MARGIN * abs(old_fit)
                 p.scale[lane] = scale if better else old_scale
@@ -195,8 +238,9 @@ def _fit_affine(p, n, top, floor):
 
 
 @_inner
-def _solve_affine(sum_w, sum_wx, q, qq, qx, floor):
+def _solve_affine(p, lane, floor):
     """Minimise sum w (x - scale q + minimum)^2 with minimum >= floor; returns both and the sum less sum w x^2."""
+    sum_w, sum_wx, q, qq, qx = p.sum_w[lane], p.sum_wx[lane], p.q[lane], p.qq[lane], p.qx[lane]
     det = sum_w * qq - q * q
     alike = det < ALIKE * sum_w * qq
     inverse = _reciprocal(det)
@@ -209,6 +253,27 @@ def _solve_affine(sum_w, sum_wx, q, qq, qx, floor):
 
 
 @_inner
+def _fit_symmetric(p, n, bottom, top, table):
+    """Scale of each run: least squares over the codes that each trial scale, of either sign, rounds to."""
+    unit = TABLE_UNIT if table else F32(1)
+    for lane in range(LANES):
+        p.scale[lane] = p.fit[lane] = F32(0)
+    for inside in SYMMETRIC_SHIFTS:
+        for end in (bottom - unit * inside, top + unit * inside):
+            for lane in range(LANES):
+                largest = p.high[lane] if p.high[lane] > -p.low[lane] else p.low[lane]
+                p.inverse[lane] = end / (largest if abs(largest) > FLAT else INFINITY)
+            _moments(p, n, bottom, top, table)
+            for lane in range(LANES):
+                qx, old_scale, old_fit = p.qx[lane], p.scale[lane], p.fit[lane]
+                scale = qx * _reciprocal(p.qq[lane])
+                fit = -scale * qx
+                better = fit < old_fit - MARGIN * abs(old_fit)
+                p.scale[lane] = scale if better else old_scale
+                p.fit[lane] = fit if better else old_fit
+
+
+@_inner
 def _split(values, group, low, high, d, levels):
     """Values as integer levels low ... high of one half `d` a group, its largest value at an end of the levels."""
     for start in range(0, LANES, group):
@@ -216,9 +281,11 @@ def _split(values, group, low, high, d, levels):
         for lane in range(start, start + group):
             if abs(values[lane]) > abs(largest):
                 largest = values[lane]
-        half = _to_half(largest / (low if low < F32(0) else high))
+        exact = largest / (low if low < F32(0) else high)
+        if low < high:  # where halves are coarse, round outward: there is no level above the last
+            exact += np.copysign(HALF_STEP / F32(2), exact)
         for lane in range(start, start + group):
-            d[lane] = half
+            d[lane] = _to_half(exact) if largest != F32(0) else F32(0)
     for lane in range(LANES):
         levels[lane] = min(max(np.rint(values[lane] * _reciprocal(d[lane])), low), high)
 
@@ -256,7 +323,7 @@ def _refit(p, first, stop):
 def _try_neighbours(p, n, bottom, top, low, high, affine, table):
     """Move the levels of each run to the best of their neighbours: three, or nine if there are minima."""
     for lane in range(LANES):
-        p.start[lane], p.min_start[lane], p.least[lane] = p.level[lane], p.min_level[lane], F32(np.inf)
+        p.start[lane], p.min_start[lane], p.least[lane] = p.level[lane], p.min_level[lane], INFINITY
     for step in (F32(0), F32(-1), F32(1)):
         for min_step in (F32(0), F32(-1), F32(1)):
             if min_step != F32(0) and not affine:
@@ -264,10 +331,7 @@ def _try_neighbours(p, n, bottom, top, low, high, affine, table):
             for lane in range(LANES):
                 p.scale[lane] = p.d[lane] * min(max(p.start[lane] + step, low), high)
                 p.offset[lane] = p.dmin[lane] * min(max(p.min_start[lane] + min_step, F32(0)), high)
-            if table:
-                _table_errors(p, n)
-            else:
-                _errors(p, n, bottom, top)
+            _errors(p, n, bottom, top, table)
             for lane in range(LANES):
                 if p.error[lane] < p.least[lane]:
                     p.least[lane] = p.error[lane]
@@ -276,8 +340,11 @@ def _try_neighbours(p, n, bottom, top, low, high, affine, table):
 
 
 @_inner
-def _encode(p, n, bottom, top):
+def _codes(p, n, bottom, top, table):
     """Codes of the chosen levels, counted from `bottom`."""
+    if table:
+        _table_codes(p, n)
+        return
     for first in range(0, n, ROWS):
         xs, codes = p.x[first * LANES : (first + ROWS) * LANES], p.codes[first * LANES : (first + ROWS) * LANES]
         for lane in range(LANES):
@@ -300,81 +367,6 @@ def _store(p, n, first, group, codes, levels, min_levels, d, dmin):
         block += 1
 
 
-@_inner
-def _nearest(x):
-    """The nearest value of the IQ4 table: one comparison a gap, since lanes cannot branch."""
-    value = IQ4_VALUES[0]
-    for gap in range(len(TABLE_STEPS)):
-        value += TABLE_STEPS[gap] if x > TABLE_MIDDLES[gap] else F32(0)
-    return value
-
-
-@_inner
-def _table_moments(p, n):
-    for lane in range(LANES):
-        p.qq[lane] = p.qx[lane] = F32(0)
-    for i in range(n):
-        xs, ws = p.x[i * LANES : (i + 1) * LANES], p.w[i * LANES : (i + 1) * LANES]
-        for lane in range(LANES):
-            value = _nearest(xs[lane] * p.inverse[lane])
-            weighted = ws[lane] * value
-            p.qq[lane] += weighted * value
-            p.qx[lane] += weighted * xs[lane]
-
-
-@_inner
-def _table_errors(p, n):
-    for lane in range(LANES):
-        p.error[lane] = F32(0)
-        p.inverse[lane] = _reciprocal(p.scale[lane])
-    for i in range(n):
-        xs, ws = p.x[i * LANES : (i + 1) * LANES], p.w[i * LANES : (i + 1) * LANES]
-        for lane in range(LANES):
-            miss = xs[lane] - p.scale[lane] * _nearest(xs[lane] * p.inverse[lane])
-            p.error[lane] += ws[lane] * miss * miss
-
-
-@_inner
-def _encode_table(p, n):
-    for i in range(n):
-        xs, codes = p.x[i * LANES : (i + 1) * LANES], p.codes[i * LANES : (i + 1) * LANES]
-        for lane in range(LANES):
-            x = xs[lane] * p.inverse[lane]
-            code = np.uint8(0)
-            for gap in range(len(TABLE_STEPS)):
-                code += np.uint8(x > TABLE_MIDDLES[gap])
-            codes[lane] = code
-
-
-@_inner
-def _sum_codes(p, n, bottom, top, table):
-    if table:
-        _table_moments(p, n)
-    else:
-        _moments(p, n, bottom, top)
-
-
-@_inner
-def _fit_symmetric(p, n, bottom, top, table):
-    """Scale of each run: least squares over the codes that each trial scale, of either sign, rounds to."""
-    unit = TABLE_UNIT if table else F32(1)
-    for lane in range(LANES):
-        p.scale[lane] = p.fit[lane] = F32(0)
-    for inside in SYMMETRIC_SHIFTS:
-        for end in (bottom - unit * inside, top + unit * inside):
-            for lane in range(LANES):
-                largest = p.high[lane] if p.high[lane] > -p.low[lane] else p.low[lane]
-                p.inverse[lane] = end / (largest if abs(largest) > FLAT else INFINITY)
-            _sum_codes(p, n, bottom, top, table)
-            for lane in range(LANES):
-                qx, old_scale, old_fit = p.qx[lane], p.scale[lane], p.fit[lane]
-                scale = qx * _reciprocal(p.qq[lane])
-                fit = -scale * qx
-                better = fit < old_fit - MARGIN * abs(old_fit)
-                p.scale[lane] = scale if better else old_scale
-                p.fit[lane] = fit if better else old_fit
-
-
 @_entry
 def search(p, x, w, grid, codes, levels, min_levels, d, dmin):
     """Encode runs of weights as level * d * code - min_level * dmin.
@@ -391,20 +383,17 @@ def search(p, x, w, grid, codes, levels, min_levels, d, dmin):
             _summarise(p, n, F32(grid.floor))
             _fit_affine(p, n, top, F32(grid.floor))
         else:
-            _summarise(p, n, -F32(np.inf))
+            _summarise(p, n, -INFINITY)
             _fit_symmetric(p, n, bottom, top, grid.table)
         _split(p.scale, grid.group, low, high, p.d, p.level)
         if grid.affine:
             _split(p.minimum, grid.group, F32(0), high, p.dmin, p.min_level)
         for _ in range(rounds):
             _use_levels(p)
-            _sum_codes(p, n, bottom, top, grid.table)
+            _moments(p, n, bottom, top, grid.table)
             for start in range(0, LANES, grid.group):
                 _refit(p, start, start + grid.group)
             _try_neighbours(p, n, bottom, top, low, high, grid.affine, grid.table)
         _use_levels(p)
-        if grid.table:
-            _encode_table(p, n)
-        else:
-            _encode(p, n, bottom, top)
+        _codes(p, n, bottom, top, grid.table)
         _store(p, n, first, grid.group, codes, levels, min_levels, d, dmin)

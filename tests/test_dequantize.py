@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from auricle.kernels.dequantize import dequantize
-from auricle.kernels.formats import BY_ID, BY_NAME, FORMATS, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Format
+from auricle.kernels.formats import BF16, BY_ID, BY_NAME, F16, F32, FORMATS, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Format
 
 # IEEE half bits: +-0, smallest and largest subnormal, smallest normal, 1, -1, largest, +-inf, quiet and signalling NaN
 SPECIAL_HALVES = [0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0x7C00, 0xFC00, 0x7E00, 0xFD01]
@@ -104,10 +104,8 @@ def test_special_scales(fmt: Format) -> None:
     assert np.isinf(decoded).any()
 
 
-@every_format
+@pytest.mark.parametrize("fmt", [F32, F16, BF16], ids=repr)
 def test_special_plain_numbers(fmt: Format) -> None:
-    if fmt.length != 1:
-        pytest.skip("blocks are tested by their scales")
     words = np.array([0, 1, 0x007F, 0x0080, 0x7C00, 0x7F80, 0x7FC0, 0x7F81], np.uint16)
     words = np.concatenate([words, words | 0x8000])
     data = np.repeat(words, fmt.block_bytes // 2).view(np.uint8)[None]
