@@ -1,6 +1,5 @@
-"""A Hugging Face checkpoint folder: config.json and lazily read, possibly sharded safetensors.
+"""A Hugging Face checkpoint folder: config.json and possibly sharded safetensors, whose headers are parsed here.
 
-Headers are parsed here and rows are fetched with pread: a mapped shard would count in the resident size.
 Knows files, dtypes and offsets. Does not know what a tensor means, nor any GGUF name.
 """
 
@@ -10,16 +9,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from ..kernels.errors import AuricleError
 from ..kernels.formats import BF16, F16, F32, Format
+from .source import ConversionError, Source, SourceTensor
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -38,102 +32,15 @@ FLOATS: dict[str, Format] = {"F32": F32, "F16": F16, "BF16": BF16}
 MAX_HEADER_BYTES = 100_000_000
 
 
-class ConversionError(AuricleError):
-    """A checkpoint that cannot be converted: what was found, and what to do about it."""
+class Checkpoint(Source):
+    """An opened folder. `config` is config.json; `files` are the shards, in name order."""
 
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of a shard: `offset` and `nbytes` locate its data in the file `shard`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: Path
-    offset: int
-    nbytes: int
-
-    @property
-    def n_rows(self) -> int:
-        """Length of the first axis; a vector is one row."""
-        return self.shape[0] if len(self.shape) > 1 else 1
-
-    @property
-    def n_cols(self) -> int:
-        """Elements of a row: every axis but the first."""
-        return math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape)
-
-
-@dataclass
-class Checkpoint:
-    """An opened folder. `config` is config.json; `shards` are in name order; files are opened on first read."""
-
-    directory: Path
-    config: dict[str, Any]
-    tensors: dict[str, SourceTensor]
-    shards: tuple[Path, ...]
-    _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
-
-    def read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` as stored: uint8 [stop - start, row bytes].
-
-        Raises ConversionError when the file has become shorter than its header says, or cannot be read.
-        """
-        tensor = self.tensors[name]
-        assert 0 <= start <= stop <= tensor.n_rows, f"rows {start}:{stop} of {tensor}"
-        row_bytes = tensor.n_cols * DTYPE_BYTES[tensor.dtype]
-        data = np.empty((stop - start, row_bytes), np.uint8)
-        self._fill(memoryview(data).cast("B"), tensor.shard, tensor.offset + start * row_bytes)
-        return data
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` as float32 [stop - start, n_cols]; exact from bf16, f16 and f32."""
-        return widen(self.read_bytes(name, start, stop), self.tensors[name].dtype)
-
-    def read_shard(self, shard: Path, chunk_bytes: int) -> Iterator[memoryview]:
-        """The whole file in order; each piece is valid until the next one is asked for."""
-        buffer = memoryview(bytearray(chunk_bytes))
-        size = shard.stat().st_size
-        for offset in range(0, size, chunk_bytes):
-            piece = buffer[: min(chunk_bytes, size - offset)]
-            self._fill(piece, shard, offset)
-            yield piece
-
-    def _fill(self, view: memoryview, shard: Path, offset: int) -> None:
-        try:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(shard, os.O_RDONLY)
-            done = 0
-            while done < len(view):
-                count = os.preadv(self._descriptors[shard], [view[done:]], offset + done)
-                if count == 0:
-                    raise ConversionError(f"{shard} ends at byte {offset + done}: it was cut short while being read")
-                done += count
-        except OSError as error:
-            raise ConversionError(f"{shard} cannot be read: {error.strerror}") from error
-
-    def close(self) -> None:
-        """Close the shards; a later read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    def __init__(
+        self, directory: Path, config: dict[str, Any], tensors: dict[str, SourceTensor], shards: tuple[Path, ...]
     ) -> None:
-        self.close()
-
-
-def widen(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored bytes uint8 [rows, row bytes] of a float dtype -> float32 [rows, n_cols], exactly."""
-    stored = raw.view(FLOATS[dtype].layout)
-    if dtype == "BF16":
-        bits = stored.astype("<u4")
-        bits <<= 16
-        return bits.view("<f4")
-    return stored.astype("<f4", copy=False)
+        super().__init__(tensors, shards)
+        self.directory = directory
+        self.config = config
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -153,11 +60,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     for shard in shards:
         for tensor in _read_header(shard):
             if tensor.name in tensors:
-                other = tensors[tensor.name].shard.name
+                other = tensors[tensor.name].file.name
                 raise ConversionError(f"tensor {tensor.name} is in both {other} and {shard.name}: remove one of them")
             tensors[tensor.name] = tensor
     for name, shard_name in listed.items():
-        if name not in tensors or tensors[name].shard.name != shard_name:
+        if name not in tensors or tensors[name].file.name != shard_name:
             raise ConversionError(f"{INDEX} puts tensor {name} in {shard_name}, which does not hold it")
     return Checkpoint(directory, config, tensors, shards)
 
@@ -253,7 +160,7 @@ def _parse_tensor(shard: Path, name: str, entry: Any, data_start: int) -> Source
         raise ConversionError(
             f"{shard}: tensor {name} ({dtype} {shape}) needs {nbytes} bytes, its header gives it {span[1] - span[0]}"
         )
-    return SourceTensor(name, dtype, tuple(shape), shard, data_start + span[0], nbytes)
+    return SourceTensor(name, dtype, FLOATS.get(dtype), tuple(shape), shard, data_start + span[0], nbytes)
 
 
 def _are_sizes(values: Any) -> bool:

@@ -1,131 +1,160 @@
-"""Writes the GGUF file of a Hugging Face checkpoint, streamed in slabs of rows.
+"""Plans the GGUF file of a Hugging Face checkpoint: its names, its metadata, its tokenizer.
 
-Memory does not grow with the checkpoint: one slab is read, checked, encoded and placed at a time. Knows plans and
-bytes; which tensor gets which name and type was decided in `plan.py`.
+Knows a checkpoint and the name table. Reads headers and small files only; `stream.py` writes what is planned.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ..engine.gguf_write import GGUFWriter, plan_layout
+from ..engine.gguf import Typed, boolean, string, u32
 from ..engine.mel import hann_window, mel_filters
-from ..kernels.formats import BF16, F16, Format
-from ..kernels.quantize import QuantizationError, quantize
-from .checkpoint import FLOATS, Checkpoint, ConversionError, widen
-from .plan import ConversionPlan, PlanRow, plan_conversion
-from .provenance import describe_shards, hash_shards
+from .checkpoint import CONFIG, FLOATS, Checkpoint, open_checkpoint, read_json
+from .hyperparameters import Hyperparameters, check_mel, look_up, read_hyperparameters
+from .names import moss_audio as names
+from .names.table import Target, compare, evaluate_shape, expand, fold
+from .plan import ConversionPlan, Wanted, describe_types, make_plan
+from .provenance import describe_shards, describe_source
+from .recipes import DEFAULT, Rule, find_recipe
+from .source import ConversionError
+from .stream import convert
+from .vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["convert", "plan_conversion"]
 
-Progress = Callable[[int, int], None]
-
-SLAB_BYTES = 16 << 20  # of float32 weights; the encoders need about five times as much beside it
-
-# Exponent bits that are all set in infinities and NaN, by stored dtype.
-_EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-# The least magnitude that rounds to infinity.
-_OVERFLOW = {F16: 65520.0, BF16: 2.0**128 - 2.0**119}
+PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 
 
-def convert(plan: ConversionPlan, out_path: str | os.PathLike[str], progress: Progress | None = None) -> None:
-    """Write the file a plan describes; `out_path` appears when it is complete, or not at all.
+def plan_conversion(
+    checkpoint_dir: str | Path,
+    type_name: str = DEFAULT,
+    overrides: Sequence[Rule] = (),
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> ConversionPlan:
+    """Plan the conversion of a Hugging Face folder to a GGUF file of the recipe `type_name`.
 
-    `progress(done, total)` counts bytes: first the source as its checksums are taken, then the file as it is written.
-    Raises ConversionError for weights that are not finite or do not fit the type, and for a source that changes;
-    GGUFError when the file cannot be written (a full disk: with the bytes needed).
+    `overrides` go before the recipe's rules; `importance` is {GGUF name: float32 [n_cols]}.
+    Raises ConversionError for a checkpoint that does not match the name table exactly (both lists in the message),
+    wrong shapes and dtypes, a configuration or tokenizer that is missing, wrong or unsupported, importances of another
+    width and overrides that match nothing.
     """
-    _check_output(plan.checkpoint, Path(out_path))
-    source_bytes = sum(shard.stat().st_size for shard in plan.checkpoint.shards)
-    meter = _Meter(source_bytes + sum(row.nbytes for row in plan.rows), progress)
-    with plan.checkpoint:
-        metadata = plan.metadata | describe_shards(plan.checkpoint, hash_shards(plan.checkpoint, meter.advance))
-        layout = plan_layout(metadata, [(row.target, row.shape, row.format) for row in plan.rows])
-        assert layout.total_bytes == plan.total_bytes, f"{layout.total_bytes=} {plan.total_bytes=}"
-        with GGUFWriter(out_path, layout) as writer:
-            for row in plan.rows:
-                for at, data in _encode(plan.checkpoint, row):
-                    writer.write(row.target, data, at)
-                    meter.advance(data.nbytes)
+    recipe = find_recipe(type_name)
+    checkpoint = open_checkpoint(checkpoint_dir)
+    settings = read_hyperparameters(checkpoint)
+    targets = expand(names.TENSORS, settings.values, settings.flags)
+    dropped = _check_world(checkpoint, targets, settings)
+    processor = read_json(checkpoint.directory / PROCESSOR) or {}
+    check_mel(processor, int(settings.values["enc.num_mel_bins"]), PROCESSOR)
+    audio_ids = _find_audio_ids(processor, checkpoint.config, int(settings.values["llm.vocab_size"]))
+    placeholders = {text: audio_ids[key] for key, _, text in names.AUDIO_TOKENS}
+    vocabulary = read_vocabulary(checkpoint.directory, int(settings.values["llm.vocab_size"]), placeholders)
+    time_markers = _read_time_markers(processor, vocabulary)
+    metadata = {
+        "general.architecture": string(names.ARCHITECTURE),
+        **describe_source(checkpoint),
+        **describe_types(recipe),
+        **describe_shards(checkpoint.files),
+        **settings.metadata(),
+        f"{names.ARCHITECTURE}.time_markers": boolean(time_markers),
+        **_describe_tokens(checkpoint, vocabulary, audio_ids),
+    }
+    metadata |= _complete_tokenizer(vocabulary.metadata(), metadata)
+    wanted = [Wanted(target.name, target.shape, source) for source, target in targets.items()]
+    computed = _compute(settings)
+    wanted += [Wanted(name, values.shape) for name, values in computed.items()]
+    notes = vocabulary.notes + tuple(f"{name} is left out: {why}" for name, why in dropped.items())
+    plan = make_plan(checkpoint, wanted, recipe, metadata, overrides=overrides, importance=importance, notes=notes)
+    return replace(plan, computed=computed, dropped=dropped, hash_source=True)
 
 
-class _Meter:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-
-    def advance(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
-def _check_output(checkpoint: Checkpoint, out_path: Path) -> None:
-    """What the writer would notice only after the checksums, or not at all."""
-    if not out_path.parent.is_dir():
-        raise ConversionError(f"{out_path.parent} is not a folder: make it first, or write elsewhere")
-    for shard in checkpoint.shards:
-        if out_path.exists() and out_path.samefile(shard):
-            raise ConversionError(f"{out_path} is a shard of the checkpoint itself: write to another path")
-
-
-def _encode(checkpoint: Checkpoint, row: PlanRow) -> Iterator[tuple[int, np.ndarray]]:
-    """A tensor's bytes in order: (offset inside the tensor, uint8 array) a slab."""
-    if row.source is None:
-        yield 0, np.ascontiguousarray(_compute(row), "<f4").reshape(-1).view(np.uint8)
-        return
-    tensor = checkpoint.tensors[row.source]
-    step = max(1, SLAB_BYTES // (4 * tensor.n_cols))
-    row_bytes = row.nbytes // tensor.n_rows
-    for start in range(0, tensor.n_rows, step):
-        raw = checkpoint.read_bytes(tensor.name, start, min(start + step, tensor.n_rows))
-        _check_finite(raw, row, start)
-        yield start * row_bytes, raw if FLOATS[tensor.dtype] is row.format else _quantize(raw, row, start)
-
-
-def _compute(row: PlanRow) -> np.ndarray:
+def _compute(settings: Hyperparameters) -> dict[str, np.ndarray]:
     """The front end's constants, from the code that uses them."""
-    if row.target == "audio.mel_window":
-        return hann_window(*row.shape)
-    assert row.target == "audio.mel_filters", row
-    return mel_filters(row.shape[1])
+    shapes = {name: evaluate_shape(formula, settings.values) for name, formula in names.DERIVED}
+    window, filters = shapes["audio.mel_window"], shapes["audio.mel_filters"]
+    computed = {"audio.mel_filters": mel_filters(filters[1]), "audio.mel_window": hann_window(*window)}
+    computed = {name: np.ascontiguousarray(computed[name], "<f4") for name in shapes}
+    assert all(computed[name].shape == shape for name, shape in shapes.items()), f"{shapes}"
+    return computed
 
 
-def _quantize(raw: np.ndarray, row: PlanRow, start: int) -> np.ndarray:
-    values = widen(raw, row.source_dtype)
-    _check_range(values, row, start)
-    try:
-        return quantize(values, row.format)
-    except QuantizationError as error:
-        raise ConversionError(f"tensor {row.source}, rows from {start} on: {error}") from error
+def _check_world(checkpoint: Checkpoint, targets: dict[str, Target], settings: Hyperparameters) -> dict[str, str]:
+    """Raise ConversionError unless the checkpoint holds exactly the tensors of the table; {dropped name: why}."""
+    missing, surplus, dropped = compare(checkpoint.tensors, targets, names.DROPS, settings.flags)
+    if missing or surplus:
+        raise ConversionError(
+            f"{checkpoint.directory} does not hold the tensors its {CONFIG} describes; nothing was written\n"
+            f"missing ({len(missing)}): {', '.join(fold(missing)) or 'none'}\n"
+            f"surplus ({len(surplus)}): {', '.join(fold(surplus)) or 'none'}"
+        )
+    wrong = [name for name, target in targets.items() if checkpoint.tensors[name].shape != target.shape]
+    if wrong:
+        found, target = checkpoint.tensors[wrong[0]], targets[wrong[0]]
+        others = f"; {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
+        raise ConversionError(
+            f"tensor {found.name} has shape {list(found.shape)}, {CONFIG} asks for {list(target.shape)} "
+            f"[{target.formula}]{others}"
+        )
+    for name in targets:
+        if checkpoint.tensors[name].dtype not in FLOATS:
+            raise ConversionError(
+                f"tensor {name} is stored as {checkpoint.tensors[name].dtype}: use a checkpoint in {', '.join(FLOATS)}"
+            )
+    return dropped
 
 
-def _check_finite(raw: np.ndarray, row: PlanRow, start: int) -> None:
-    kind, mask = _EXPONENT[row.source_dtype]
-    bad = (raw.view(kind) & mask) == mask
-    if bad.any():
-        values = widen(raw, row.source_dtype)
-        where, value = _locate(bad, values, row, start)
-        raise ConversionError(f"tensor {row.source}{where} is {value}: the checkpoint is damaged, fetch it again")
+def _find_audio_ids(processor: dict, config: dict, n_vocab: int) -> dict[str, int]:
+    """{key: token id} of the three audio placeholders: from the processor, the configuration, or the family's own."""
+    ids = {}
+    for key, usual, text in names.AUDIO_TOKENS:
+        stated = next((source[key] for source in (processor, config) if source.get(key) is not None), None)
+        ids[key] = usual if stated is None else stated
+        if type(ids[key]) is not int or not 0 <= ids[key] < n_vocab:
+            where = f"{PROCESSOR} and {CONFIG} lack {key}, and the usual" if stated is None else f"{key} ="
+            raise ConversionError(f"{where} {ids[key]!r} is no row of the embedding (0 to {n_vocab - 1}) for {text}")
+    return ids
 
 
-def _check_range(values: np.ndarray, row: PlanRow, start: int) -> None:
-    limit = _OVERFLOW.get(row.format)
-    if limit is None or max(values.max(), -values.min()) < limit:
-        return
-    where, value = _locate(np.abs(values) >= limit, values, row, start)
-    raise ConversionError(f"tensor {row.source}{where} is {value}, beyond {row.format}'s range: {_remedy(row.format)}")
+def _read_time_markers(processor: dict, vocabulary: Vocabulary) -> bool:
+    enabled = processor.get("enable_time_marker", True)
+    if not isinstance(enabled, bool):
+        raise ConversionError(f"{PROCESSOR} says enable_time_marker = {enabled!r}: it must be true or false")
+    lacking = [digit for digit in "0123456789" if digit not in vocabulary.ids]
+    if enabled and lacking:
+        raise ConversionError(f"time markers are digits, and the tokenizer has no token {lacking[0]!r}")
+    return enabled
 
 
-def _remedy(fmt: Format) -> str:
-    return "use --type bf16" if fmt is F16 else "use --type f32"
+def _describe_tokens(checkpoint: Checkpoint, vocabulary: Vocabulary, audio_ids: dict[str, int]) -> dict[str, Typed]:
+    """`moss_audio.*_id`: every token id the model itself relies on."""
+    generation = read_json(checkpoint.directory / GENERATION) or {}
+    ids = {
+        key: _find_token(checkpoint.config, generation, vocabulary, key, text) for key, text in names.TEXT_TOKENS
+    } | audio_ids
+    return {f"{names.ARCHITECTURE}.{key}": u32(i) for key, i in ids.items()}
 
 
-def _locate(bad: np.ndarray, values: np.ndarray, row: PlanRow, start: int) -> tuple[str, np.float32]:
-    """Position in the whole tensor, and value, of the first weight that is `bad` in a slab beginning at row `start`."""
-    first = int(np.argmax(bad))
-    position = np.unravel_index(start * values.shape[1] + first, row.shape)
-    return str([int(i) for i in position]), values.reshape(-1)[first]
+def _find_token(config: dict, generation: dict, vocabulary: Vocabulary, key: str, text: str) -> int:
+    """The id under `key` (of a list, the first) in the configuration files, else that of the token `text`."""
+    stated = (look_up(config, key), look_up(config, f"language_config.{key}"), generation.get(key))
+    for found in stated:
+        i = found[0] if isinstance(found, list) and found else found
+        if type(i) is int and 0 <= i < len(vocabulary.tokens):
+            return i
+        if i is not None and i != []:
+            raise ConversionError(
+                f"{key} = {found!r} is no token id: the vocabulary has {len(vocabulary.tokens)} tokens"
+            )
+    if text not in vocabulary.ids:
+        raise ConversionError(f"{CONFIG} lacks {key}, and the tokenizer has no {text}: add the id to {CONFIG}")
+    return vocabulary.ids[text]
+
+
+def _complete_tokenizer(tokenizer: dict[str, Typed], metadata: dict[str, Typed]) -> dict[str, Typed]:
+    """The tokenizer's keys; what its own files leave open (Qwen's name no first token) as the model has it."""
+    model = {name: metadata[f"{names.ARCHITECTURE}.{name}_token_id"] for name in ("bos", "eos")}
+    usual = {"bos": model["bos"], "eos": model["eos"], "padding": model["bos"]}
+    return {f"tokenizer.ggml.{name}_token_id": i for name, i in usual.items()} | tokenizer

@@ -1,29 +1,36 @@
 """A conversion before it is made: every tensor with its type and size, the metadata, and the exact file size.
 
-Knows a checkpoint, a recipe and the name table. Reads headers and small files only, writes nothing.
+Knows sources, recipes and sizes. Does not know whether the source is a checkpoint (`hf.py`) or a GGUF file
+(`requantize.py`), reads no weights and writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ..engine.gguf import Typed, boolean, string, u32
+import numpy as np
+
+from ..engine.gguf import DEFAULT_ALIGNMENT, Typed, u32
 from ..engine.gguf_write import Layout, plan_layout
 from ..engine.models.moss_audio import PART_NAMES, part_of
 from ..kernels.formats import F32, Format
-from .checkpoint import CONFIG, FLOATS, Checkpoint, ConversionError, open_checkpoint, read_json
-from .hyperparameters import Hyperparameters, check_mel, look_up, read_hyperparameters
-from .names import moss_audio as names
-from .names.table import Target, compare, evaluate_shape, expand, fold
-from .provenance import describe_shards, describe_source
-from .recipes import Recipe, choose_format, find_recipe
-from .vocabulary import Vocabulary, read_vocabulary
+from .names.table import fold
+from .provenance import describe_shards
+from .recipes import Recipe, Rule, choose_formats
+from .source import ConversionError, Source
 
-PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 QUANTIZATION_VERSION = 2  # of the block layouts; has been 2 since GGUF exists
-DERIVED = "computed"
+COMPUTED = "computed"
+
+
+class Wanted(NamedTuple):
+    """A tensor of the file to be, and the tensor of the source it is made from; None for a computed one."""
+
+    target: str
+    shape: tuple[int, ...]
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class PlanRow:
     target: str
     shape: tuple[int, ...]
     source_dtype: str
+    source_format: Format
     format: Format
     nbytes: int
     part: str
@@ -42,15 +50,22 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What `hf.convert` will do. Iterating gives the rows; `notes` are what a user should be told."""
+    """What `stream.convert` will do. Iterating gives the rows; `notes` are what a user should be told.
 
-    checkpoint: Checkpoint
+    With `hash_source` the metadata states the SHA-256 of the source's files, which are zeros until they are written.
+    """
+
+    source: Source
     recipe: Recipe
     metadata: dict[str, Typed]
     rows: tuple[PlanRow, ...]
+    alignment: int
     layout: Layout
-    dropped: dict[str, str]
+    importance: Mapping[str, np.ndarray]
     notes: tuple[str, ...]
+    computed: dict[str, np.ndarray] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    hash_source: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -68,6 +83,13 @@ class ConversionPlan:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def lay_out(self, digests: dict[str, str]) -> Layout:
+        """The file with the SHA-256 ({file name: hex}) of its source stated, if any; no other byte of it moves."""
+        shards = describe_shards(self.source.files, digests) if digests else {}
+        layout = _lay_out(self.metadata | shards, self.rows, self.alignment)
+        assert layout.total_bytes == self.total_bytes, f"{layout.total_bytes=} {self.total_bytes=}"
+        return layout
+
     def bytes_by_part(self) -> dict[str, int]:
         """Tensor bytes of each part of the model, every part named."""
         totals = dict.fromkeys(PART_NAMES, 0)
@@ -83,131 +105,78 @@ class ConversionPlan:
         return totals
 
 
-def plan_conversion(checkpoint_dir: str | Path, type_name: str) -> ConversionPlan:
-    """Plan the conversion of a Hugging Face folder to a GGUF file of the recipe `type_name`.
+def make_plan(
+    source: Source,
+    wanted: Sequence[Wanted],
+    recipe: Recipe,
+    metadata: dict[str, Typed],
+    *,
+    overrides: Sequence[Rule] = (),
+    importance: Mapping[str, np.ndarray] | None = None,
+    alignment: int = DEFAULT_ALIGNMENT,
+    notes: tuple[str, ...] = (),
+) -> ConversionPlan:
+    """Choose the types and lay out the file.
 
-    Raises ConversionError for a checkpoint that does not match the name table exactly (both lists in the message),
-    wrong shapes and dtypes, a configuration or tokenizer that is missing, wrong or unsupported.
+    Raises ConversionError for importances that do not fit and overrides that match nothing.
     """
-    recipe = find_recipe(type_name)
-    checkpoint = open_checkpoint(checkpoint_dir)
-    settings = read_hyperparameters(checkpoint)
-    targets = expand(names.TENSORS, settings.values, settings.flags)
-    dropped = _check_world(checkpoint, targets, settings)
-    processor = read_json(checkpoint.directory / PROCESSOR) or {}
-    check_mel(processor, int(settings.values["enc.num_mel_bins"]), PROCESSOR)
-    audio_ids = _find_audio_ids(processor, checkpoint.config, int(settings.values["llm.vocab_size"]))
-    placeholders = {text: audio_ids[key] for key, _, text in names.AUDIO_TOKENS}
-    vocabulary = read_vocabulary(checkpoint.directory, int(settings.values["llm.vocab_size"]), placeholders)
-    time_markers = _read_time_markers(processor, vocabulary)
-    rows = _plan_rows(checkpoint, recipe, targets, settings)
-    metadata = {
-        "general.architecture": string(names.ARCHITECTURE),
-        **describe_source(checkpoint),
+    choices = choose_formats(recipe, {name: shape for name, shape, _ in wanted}, overrides)
+    rows = tuple(_make_row(source, w, choices[w.target].format, choices[w.target].note) for w in wanted)
+    used = _check_importance(importance or {}, rows)
+    notes += tuple(_explain(rows))
+    if importance is not None:
+        n_blocks = sum(row.format.length > 1 for row in rows)
+        n_used = sum(row.format.length > 1 and row.target in used for row in rows)
+        notes += (f"importance weighs {n_used} of {n_blocks} quantised tensors",)
+    return ConversionPlan(source, recipe, metadata, rows, alignment, _lay_out(metadata, rows, alignment), used, notes)
+
+
+def describe_types(recipe: Recipe) -> dict[str, Typed]:
+    """The `general.*` keys that a recipe sets."""
+    return {
         "general.file_type": u32(recipe.file_type),
         "general.quantization_version": u32(QUANTIZATION_VERSION),
-        **describe_shards(checkpoint),
-        **settings.metadata(),
-        f"{names.ARCHITECTURE}.time_markers": boolean(time_markers),
-        **_describe_tokens(checkpoint, vocabulary, audio_ids),
     }
-    metadata |= _complete_tokenizer(vocabulary.metadata(), metadata)
-    layout = plan_layout(metadata, [(row.target, row.shape, row.format) for row in rows])
-    notes = vocabulary.notes + tuple(f"{row.target}: {row.format}, {row.note}" for row in rows if row.note)
-    notes += tuple(f"{name} is left out: {why}" for name, why in dropped.items())
-    return ConversionPlan(checkpoint, recipe, metadata, rows, layout, dropped, notes)
 
 
-def _check_world(checkpoint: Checkpoint, targets: dict[str, Target], settings: Hyperparameters) -> dict[str, str]:
-    """Raise ConversionError unless the checkpoint holds exactly the tensors of the table; {dropped name: why}."""
-    missing, surplus, dropped = compare(checkpoint.tensors, targets, names.DROPS, settings.flags)
-    if missing or surplus:
-        raise ConversionError(
-            f"{checkpoint.directory} does not hold the tensors its {CONFIG} describes; nothing was written\n"
-            f"missing ({len(missing)}): {', '.join(fold(missing)) or 'none'}\n"
-            f"surplus ({len(surplus)}): {', '.join(fold(surplus)) or 'none'}"
-        )
-    wrong = [name for name, target in targets.items() if checkpoint.tensors[name].shape != target.shape]
-    if wrong:
-        found, target = checkpoint.tensors[wrong[0]], targets[wrong[0]]
-        others = f"; {len(wrong) - 1} more tensors differ" if len(wrong) > 1 else ""
-        raise ConversionError(
-            f"tensor {found.name} has shape {list(found.shape)}, {CONFIG} asks for {list(target.shape)} "
-            f"[{target.formula}]{others}"
-        )
-    for name in targets:
-        if checkpoint.tensors[name].dtype not in FLOATS:
+def _make_row(source: Source, wanted: Wanted, fmt: Format, note: str) -> PlanRow:
+    target, shape, name = wanted
+    stored = (COMPUTED, F32) if name is None else (source.tensors[name].dtype, source.tensors[name].format)
+    return PlanRow(name, target, shape, *stored, fmt, fmt.tensor_bytes(shape), part_of(target), note)
+
+
+def _explain(rows: Sequence[PlanRow]) -> Iterator[str]:
+    """Why types are not those asked for, layers in one line."""
+    reasons: dict[tuple[Format, str], list[str]] = {}
+    for row in rows:
+        if row.note:
+            reasons.setdefault((row.format, row.note), []).append(row.target)
+    for (fmt, note), targets in reasons.items():
+        yield from (f"{name}: {fmt}, {note}" for name in fold(targets))
+
+
+def _lay_out(metadata: Mapping[str, Typed], rows: Sequence[PlanRow], alignment: int) -> Layout:
+    return plan_layout(metadata, [(row.target, row.shape, row.format) for row in rows], alignment)
+
+
+def _check_importance(importance: Mapping[str, np.ndarray], rows: Sequence[PlanRow]) -> dict[str, np.ndarray]:
+    """Those importances that name a tensor of the file; all of them must fit it."""
+    used = {}
+    for row in rows:
+        given = importance.get(row.target)
+        if given is None:
+            continue
+        if given.shape != row.shape[-1:]:
             raise ConversionError(
-                f"tensor {name} is stored as {checkpoint.tensors[name].dtype}: use a checkpoint in {', '.join(FLOATS)}"
+                f"importance of {row.target} has {given.size} columns, the tensor {row.shape[-1]}: "
+                "it was collected with another model"
             )
-    return dropped
-
-
-def _plan_rows(
-    checkpoint: Checkpoint, recipe: Recipe, targets: dict[str, Target], settings: Hyperparameters
-) -> tuple[PlanRow, ...]:
-    rows = []
-    for source, target in targets.items():
-        fmt, note = choose_format(recipe, target.name, target.shape)
-        rows.append(_make_row(source, target.name, target.shape, checkpoint.tensors[source].dtype, fmt, note))
-    for name, formula in names.DERIVED:
-        rows.append(_make_row(None, name, evaluate_shape(formula, settings.values), DERIVED, F32, ""))
-    return tuple(rows)
-
-
-def _make_row(source: str | None, target: str, shape: tuple[int, ...], dtype: str, fmt: Format, note: str) -> PlanRow:
-    return PlanRow(source, target, shape, dtype, fmt, fmt.tensor_bytes(shape), part_of(target), note)
-
-
-def _find_audio_ids(processor: dict, config: dict, n_vocab: int) -> dict[str, int]:
-    """{key: token id} of the three audio placeholders: from the processor, the configuration, or the family's own."""
-    ids = {}
-    for key, usual, text in names.AUDIO_TOKENS:
-        stated = next((source[key] for source in (processor, config) if source.get(key) is not None), None)
-        ids[key] = usual if stated is None else stated
-        if type(ids[key]) is not int or not 0 <= ids[key] < n_vocab:
-            where = f"{PROCESSOR} and {CONFIG} lack {key}, and the usual" if stated is None else f"{key} ="
-            raise ConversionError(f"{where} {ids[key]!r} is no row of the embedding (0 to {n_vocab - 1}) for {text}")
-    return ids
-
-
-def _read_time_markers(processor: dict, vocabulary: Vocabulary) -> bool:
-    enabled = processor.get("enable_time_marker", True)
-    if not isinstance(enabled, bool):
-        raise ConversionError(f"{PROCESSOR} says enable_time_marker = {enabled!r}: it must be true or false")
-    lacking = [digit for digit in "0123456789" if digit not in vocabulary.ids]
-    if enabled and lacking:
-        raise ConversionError(f"time markers are digits, and the tokenizer has no token {lacking[0]!r}")
-    return enabled
-
-
-def _describe_tokens(checkpoint: Checkpoint, vocabulary: Vocabulary, audio_ids: dict[str, int]) -> dict[str, Typed]:
-    """`moss_audio.*_id`: every token id the model itself relies on."""
-    generation = read_json(checkpoint.directory / GENERATION) or {}
-    ids = {
-        key: _find_token(checkpoint.config, generation, vocabulary, key, text) for key, text in names.TEXT_TOKENS
-    } | audio_ids
-    return {f"{names.ARCHITECTURE}.{key}": u32(i) for key, i in ids.items()}
-
-
-def _find_token(config: dict, generation: dict, vocabulary: Vocabulary, key: str, text: str) -> int:
-    """The id under `key` (of a list, the first) in the configuration files, else that of the token `text`."""
-    stated = (look_up(config, key), look_up(config, f"language_config.{key}"), generation.get(key))
-    for found in stated:
-        i = found[0] if isinstance(found, list) and found else found
-        if type(i) is int and 0 <= i < len(vocabulary.tokens):
-            return i
-        if i is not None and i != []:
-            raise ConversionError(
-                f"{key} = {found!r} is no token id: the vocabulary has {len(vocabulary.tokens)} tokens"
-            )
-    if text not in vocabulary.ids:
-        raise ConversionError(f"{CONFIG} lacks {key}, and the tokenizer has no {text}: add the id to {CONFIG}")
-    return vocabulary.ids[text]
-
-
-def _complete_tokenizer(tokenizer: dict[str, Typed], metadata: dict[str, Typed]) -> dict[str, Typed]:
-    """The tokenizer's keys; what its own files leave open (Qwen's name no first token) as the model has it."""
-    model = {name: metadata[f"{names.ARCHITECTURE}.{name}_token_id"] for name in ("bos", "eos")}
-    usual = {"bos": model["bos"], "eos": model["eos"], "padding": model["bos"]}
-    return {f"tokenizer.ggml.{name}_token_id": i for name, i in usual.items()} | tokenizer
+        if not (np.isfinite(given) & (given >= 0)).all():
+            raise ConversionError(f"importance of {row.target} is negative or not finite somewhere: collect it again")
+        used[row.target] = given
+    if importance and not used:
+        raise ConversionError(
+            f"importance is given for {next(iter(importance))} and {len(importance) - 1} others, none of which "
+            "is a tensor of this model: it was collected with another"
+        )
+    return used

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..engine.gguf import Typed, string
 from .checkpoint import Checkpoint
+from .source import Source
+from .threads import run_in_order
 
 HUB = "https://huggingface.co/"
 CARD = "README.md"
@@ -35,25 +38,27 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Typed]:
     return entries
 
 
-def describe_shards(checkpoint: Checkpoint, digests: dict[str, str] | None = None) -> dict[str, Typed]:
+def describe_shards(shards: Sequence[Path], digests: dict[str, str] | None = None) -> dict[str, Typed]:
     """`general.source.shard.N.{name,sha256}`; without `digests` ({file name: hex}) the checksums are zeros."""
     entries = {}
-    for n, shard in enumerate(checkpoint.shards):
+    for n, shard in enumerate(shards):
         entries[f"general.source.shard.{n}.name"] = string(shard.name)
         entries[f"general.source.shard.{n}.sha256"] = string((digests or {}).get(shard.name, UNKNOWN_DIGEST))
     return entries
 
 
-def hash_shards(checkpoint: Checkpoint, advance: Callable[[int], None]) -> dict[str, str]:
-    """{file name: SHA-256 in hex} of every shard, streamed; `advance` is told the bytes of each piece."""
-    digests = {}
-    for shard in checkpoint.shards:
+def hash_files(source: Source, jobs: int, advance: Callable[[int], None]) -> dict[str, str]:
+    """{file name: SHA-256 in hex} of every file of a source, `jobs` at a time; `advance` is told bytes as they pass."""
+
+    def hash_file(file: Path) -> str:
         digest = hashlib.sha256()
-        for piece in checkpoint.read_shard(shard, _CHUNK_BYTES):
+        for piece in source.read_file(file, _CHUNK_BYTES):
             digest.update(piece)
             advance(len(piece))
-        digests[shard.name] = digest.hexdigest()
-    return digests
+        return digest.hexdigest()
+
+    digests = run_in_order((partial(hash_file, file) for file in source.files), jobs)
+    return {file.name: digest for file, digest in zip(source.files, digests, strict=True)}
 
 
 def _find_origin(directory: Path) -> tuple[str, str]:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from .graph import Graph, Node, Operand, Value, cut, expand
-from .kv_cache import CacheTensor
 from .ops import OPS
 from .plan import Plan, plan_memory
 from .weights import Weight
@@ -60,7 +59,7 @@ class Program:
         self,
         draft: Draft,
         weights: Callable[[str], Weight],
-        states: Mapping[str, CacheTensor],
+        states: Mapping[str, Any],
         arena: torch.Tensor | None = None,
         poison: bool = False,
     ) -> None:
@@ -133,7 +132,7 @@ def compile_graph(
     *,
     capture: Collection[str],
     feed: Collection[str] = (),
-    states: Mapping[str, CacheTensor] | None = None,
+    states: Mapping[str, Any] | None = None,
     poison: bool = False,
 ) -> Program:
     """Draft and bind in one step, with an arena of its own."""

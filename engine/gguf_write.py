@@ -153,13 +153,18 @@ def _encode_numbers(key: str, kind: ValueType, values: Sequence[float] | np.ndar
 class GGUFWriter:
     """Puts bytes where a layout says, in a file `path + ".part"` that is renamed to `path` when all are there.
 
-    A context manager, used from one thread. When its body raises, the .part file is removed and `path` is as before.
-    Raises GGUFError where the disk is full (path, needed and free bytes) or does not take the file.
+    A context manager, used from one thread. When its body raises, the .part file is removed (with `keep` it stays) and
+    `path` is as before. With `resume` a .part file that is there is continued: `read` its tensors, and `accept` those
+    that are right. Raises GGUFError where the disk is full (path, needed and free bytes) or does not take the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], layout: Layout) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], layout: Layout, *, keep: bool = False, resume: bool = False
+    ) -> None:
         self.path = Path(path)
         self.layout = layout
+        self.keep = keep
+        self.resume = resume
         self._part = Path(f"{self.path}.part")
         self._fd = -1
         self._written = 0
@@ -169,11 +174,13 @@ class GGUFWriter:
         with self._disk_errors():
             if self.path.exists() and not self.path.is_file():  # a rename would replace a device, too
                 raise GGUFError(f"cannot write {self.path}: it is not a regular file; choose another name")
-            self._fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            fresh = 0 if self.resume else os.O_TRUNC
+            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | fresh, 0o666)
         try:
             with self._disk_errors():
-                if self.layout.total_bytes > shutil.disk_usage(self._part.parent).free:
-                    raise self._full()
+                taken = os.fstat(self._fd).st_blocks * 512  # by a file that is continued
+                if self.layout.total_bytes - taken > shutil.disk_usage(self._part.parent).free:
+                    raise self._full(taken)
                 os.ftruncate(self._fd, self.layout.total_bytes)  # the padding between tensors reads as zeros
             self._put(memoryview(self.layout.header), 0)
         except BaseException:
@@ -200,6 +207,24 @@ class GGUFWriter:
         if len(view):
             self._claim(name, at, at + len(view))
             self._put(view, info.offset + at)
+
+    def read(self, name: str, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:
+        """What the file holds of tensor `name`, in order: as it was left, or as it was written."""
+        info = self.layout.tensors[name]
+        with self._disk_errors():
+            for at in range(0, info.nbytes, chunk_bytes):
+                yield os.pread(self._fd, min(chunk_bytes, info.nbytes - at), info.offset + at)
+
+    def accept(self, name: str) -> None:
+        """Take tensor `name` as the file holds it."""
+        nbytes = self.layout.tensors[name].nbytes
+        self._claim(name, 0, nbytes)
+        self._written += nbytes
+
+    def sync(self) -> None:
+        """Return when all that is written is on the disk."""
+        with self._disk_errors():
+            os.fdatasync(self._fd)
 
     def _claim(self, name: str, start: int, stop: int) -> None:
         """Note that [start, stop) of tensor `name` is written; touching spans are joined."""
@@ -235,7 +260,8 @@ class GGUFWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._part.unlink(missing_ok=True)
+            if not self.keep:
+                self._part.unlink(missing_ok=True)
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -243,11 +269,11 @@ class GGUFWriter:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full() from error
+                raise self._full(self._written) from error
             raise GGUFError(f"cannot write {self.path}: {error.strerror}; choose another place") from error
 
-    def _full(self) -> GGUFError:
-        needed = self.layout.total_bytes - self._written
+    def _full(self, taken: int) -> GGUFError:
+        needed = self.layout.total_bytes - taken
         free = shutil.disk_usage(self._part.parent).free
         return GGUFError(
             f"{self.path}: the disk is full: {needed:,} bytes needed, {free:,} free; make room or write elsewhere"

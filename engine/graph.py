@@ -181,6 +181,37 @@ def replay(
     return new
 
 
+def label_values(graph: Graph) -> None:
+    """Names every computed value that is no stage yet, so that any of them can be captured or fed.
+
+    A value made with a weight takes the weight's name (`llm.blk.3.attn.q`); any other is named by the stage it leads
+    to and its op (`llm.blk.3:rope`), and so is one whose weight's name is taken. The second of a name is `name.1`.
+    Views and changed states get no name. `stages` is put into running order.
+    """
+    named = {value: name for name, value in graph.stages.items()}
+    ends = [named[v] for node in graph.nodes for v in node.outputs if v in named]
+    ordered: dict[str, Value] = {}
+    for node in graph.nodes:
+        for value in node.outputs:
+            if value in named:
+                ordered[named[value]] = value
+                ends.remove(named[value])
+            elif ends and not OPS[node.op].view and not OPS[node.op].writes:
+                base = _label(node, ends[0], graph.stages)
+                n = sum(name.rpartition(".")[0] == base for name in ordered) + 1
+                ordered[f"{base}.{n}" if base in ordered else base] = value
+    graph.stages = ordered | {name: v for name, v in graph.stages.items() if name not in ordered}
+
+
+def _label(node: Node, stage: str, taken: Collection[str]) -> str:
+    """What `label_values` calls the result of `node` on the way to `stage`."""
+    weight = next((x.name.removesuffix(".weight") for x in node.operands if x.kind == "weight"), None)
+    if weight is not None and weight not in taken:
+        return weight
+    constant = next((x.name.split(".")[0] for x in node.operands if x.kind == "constant"), None)
+    return f"{stage}:{node.op}" if constant is None else f"{stage}:{node.op}_{constant}"
+
+
 def cut(graph: Graph, capture: Collection[str], feed: Collection[str] = ()) -> Graph:
     """The part of `graph` that the captured stages need; a fed stage becomes an input of its name.
 

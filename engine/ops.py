@@ -210,6 +210,21 @@ def kv_attention(q: Value, k_cache: Value, v_cache: Value, positions: Value) -> 
     return q.shape
 
 
+# Observing.
+
+
+@_writes
+def sum_squares(sums: Value, x: Value, lengths: Value | None = None) -> Shape:
+    """Adds the squares of x [..., n_cols] over all rows to sums [n_cols + 1] float64, and the number of rows to its
+    last element. With lengths [n_windows] int32 only the first lengths[b] tokens of each window of
+    x [n_windows, n_tokens, n_cols] count."""
+    assert sums.shape == (x.shape[-1] + 1,), f"sum_squares: {sums.shape=} {x.shape=}"
+    if lengths is not None:
+        assert len(x.shape) == 3, f"sum_squares: {x.shape=}"
+        assert lengths.shape == x.shape[:1], f"sum_squares: {x.shape=} {lengths.shape=}"
+    return sums.shape
+
+
 # Fused ops: written as their expansion.
 
 

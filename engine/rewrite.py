@@ -1,4 +1,4 @@
-"""Graph to graph rules: the same numbers in fewer, larger ops.
+"""Graph to graph rules: the same numbers in fewer, larger ops, or observed on their way.
 
 A rule is `rule(graph, capture) -> graph`. It may drop a value only if nobody else reads it and no captured
 stage names it. A backend lists the rules it has kernels for. Knows patterns, not why they are fast.
@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from .graph import Graph, Node, Operand, Value, replay
 
 Rule = Callable[[Graph, Collection[str]], Graph]
+
+SUMS = "sum_squares"  # begins the names of the states that `observe` makes
 
 
 def _producers(graph: Graph) -> dict[Value, Node]:
@@ -92,3 +94,34 @@ def fuse_add_norms(graph: Graph, capture: Collection[str] = ()) -> Graph:
         return (total,)
 
     return replay(graph, visit)
+
+
+def observe(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """linear(x, w) -> the same, and before it sum_squares(state, x), which is required.
+
+    Weights that meet the same x share a state: its name lists them, see `observed_weights`. An x in windows
+    [n_windows, n_tokens, n_cols] is observed as far as the input `lengths` says; the rest is padding. Goes before
+    fusions.
+    """
+    weights: dict[Value, list[str]] = {}
+    for node in graph.nodes:
+        if node.op == "linear":
+            weights.setdefault(node.inputs[0], []).append(node.inputs[1].name)
+    lengths = graph.leaves.get(("input", "lengths"))
+    observed: dict[Value, Value] = {}
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> None:
+        x = node.inputs[0]
+        if node.op == "linear" and x not in observed:
+            sums = new.state(" ".join([SUMS, *weights[x]]), (x.shape[-1] + 1,))
+            observed[x] = new.sum_squares(sums, current(x), current(lengths) if len(x.shape) == 3 else None)
+
+    graph = replay(graph, visit)
+    graph.required += observed.values()
+    return graph
+
+
+def observed_weights(state: str) -> list[str]:
+    """The weights whose input the state of this name is about; none for a state that `observe` did not make."""
+    first, *weights = state.split(" ")
+    return weights if first == SUMS else []

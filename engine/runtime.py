@@ -16,10 +16,12 @@ import torch
 
 from ..kernels.formats import Format
 from .executor import Draft, Program, draft_graph
+from .graph import label_values
 from .kv_cache import CacheTensor
 from .models.moss_audio import MossAudioConfig, clip_windows, decoder_graph, encoder_graph, token_count
 from .models.qwen3 import Head
 from .prompts import Prompt
+from .rewrite import observe
 from .weights import load_weight
 
 if TYPE_CHECKING:
@@ -51,6 +53,17 @@ class Batch:
         n_tokens = token_count(self.mel.shape[-1])
         starts = np.arange(len(self.lengths), dtype=np.int32) * n_tokens
         return np.concatenate([np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, self.lengths, strict=True)])
+
+    def take(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """This batch's part of a stage of the request, in `shape`. With two dimensions `value` has a row for each valid
+        token, and padding becomes 0; with more it has an element for each window."""
+        if value.ndim > 2:
+            return value[self.windows]
+        if len(shape) == 2:
+            return value[self.tokens]
+        padded = np.zeros((shape[0] * shape[1], value.shape[1]), np.float32)
+        padded[self.valid] = value[self.tokens]
+        return padded.reshape(shape)
 
 
 def cut_windows(c: MossAudioConfig, mels: list[np.ndarray], n_batch: int) -> Iterator[Batch]:
@@ -85,7 +98,11 @@ class Runtime:
         n_ctx: int,
         kv_format: Format,
         poison: bool = False,
+        observers: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        """`observers`: takes up the sums that `rewrite.observe` makes, by state, over all runs without `feed`; None
+        observes nothing."""
+        self._observers = observers
         self.config, self.backend, self.n_ctx, self.poison = config, backend, n_ctx, poison
         self._weights = partial(load_weight, file)
         d = config.decoder
@@ -112,21 +129,30 @@ class Runtime:
         return rows
 
     def trace_encoder(self, mels: list[np.ndarray], capture: Collection[str], feed: Arrays) -> dict[str, np.ndarray]:
-        """Any stages of the encoder, whole. A stage in `feed` (in the shape it has when captured) is taken as given."""
-        parts = [
-            {name: value.numpy().copy() for name, value in self._run_batch(batch, capture, feed).items()}
-            for batch in cut_windows(self.config, mels, self.backend.window_batch)
-        ]
+        """Any stages of the encoder, whole. A stage in `feed` is taken as given: in the shape it has when captured, or
+        [n_audio, d] with a row for each valid token."""
+        parts = [part for _, part in self.trace_windows(mels, capture, feed)]
         return {name: np.concatenate([part[name] for part in parts]) for name in capture}
+
+    def trace_windows(
+        self, mels: list[np.ndarray], capture: Collection[str], feed: Arrays
+    ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """As `trace_encoder`, batch by batch."""
+        for batch in cut_windows(self.config, mels, self.backend.window_batch):
+            results = self._run_batch(batch, capture, feed)
+            yield batch, {name: value.numpy().copy() for name, value in results.items()}
 
     def _run_batch(self, batch: Batch, capture: Collection[str], feed: Arrays | None = None) -> dict[str, torch.Tensor]:
         n_windows, _, _, n_frames = batch.mel.shape
         n_rows = int(batch.lengths.sum())
         program = self._program(("encoder", n_windows, n_frames, n_rows), capture, feed)
         inputs = {"mel": batch.mel, "lengths": batch.lengths, "valid": batch.valid}
-        for name, value in (feed or {}).items():
-            inputs[name] = value[batch.windows if value.ndim == 3 else batch.tokens]
-        return program.run({name: inputs[name] for name in program.inputs})
+        return program.run(
+            {
+                name: batch.take(feed[name], tuple(tensor.shape)) if feed and name in feed else inputs[name]
+                for name, tensor in program.inputs.items()
+            }
+        )
 
     # Decoding.
 
@@ -177,9 +203,13 @@ class Runtime:
             "positions": np.arange(chunk.start, chunk.stop, dtype=np.int32),
             "last_row": np.array([n_tokens - 1], np.int32),
             **(chunk_rows(index, rows) if with_audio else {}),
-            **{name: value[chunk] for name, value in (feed or {}).items()},
         }
-        return program.run({name: inputs[name] for name in program.inputs})
+        return program.run(
+            {
+                name: feed[name][chunk].reshape(tensor.shape) if feed and name in feed else inputs[name]
+                for name, tensor in program.inputs.items()
+            }
+        )
 
     def _program(self, key: tuple, capture: Collection[str], feed: Arrays | None) -> Program:
         """The program of a key: ("encoder", windows, frames, rows) or ("decoder", tokens, head, with audio).
@@ -190,17 +220,24 @@ class Runtime:
         full_key = (*key, *capture)
         if feed is None and full_key in self._programs:
             return self._programs[full_key]
-        draft = draft_program(self.config, self.backend, self.n_ctx, key, capture, feed or ())
+        observed = self._observers is not None
+        draft = draft_program(self.config, self.backend, self.n_ctx, key, capture, feed or (), observed=observed)
+        states = self._caches | self._sums_of(draft)
         if feed is not None:
-            return Program(draft, self._weights, self._caches, poison=self.poison)
+            return Program(draft, self._weights, states, poison=self.poison)
         if self._arena.numel() < draft.plan.arena_bytes:
             self._programs.clear()
             self._arena = torch.empty(draft.plan.arena_bytes, dtype=torch.uint8)
         if len(self._programs) >= MAX_PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        program = Program(draft, self._weights, self._caches, self._arena, self.poison)
+        program = Program(draft, self._weights, states, self._arena, self.poison)
         self._programs[full_key] = program
         return program
+
+    def _sums_of(self, draft: Draft) -> dict[str, torch.Tensor]:
+        """The observers' states in a program; those it is the first to need begin at zero."""
+        leaves = [leaf for leaf in draft.graph.leaves_of("state") if leaf.name not in self._caches]
+        return {v.name: self._observers.setdefault(v.name, torch.zeros(v.shape, dtype=torch.float64)) for v in leaves}
 
 
 def draft_program(
@@ -210,15 +247,20 @@ def draft_program(
     key: tuple,
     capture: Collection[str],
     feed: Collection[str] = (),
+    *,
+    observed: bool = False,
 ) -> Draft:
-    """Drafts a program by its key, without weights or caches."""
+    """Drafts a program by its key, without weights or caches. `capture` and `feed` name stages, or any value as
+    `label_values` does. `observed`: see `rewrite.observe`."""
     kind, *sizes = key
     if kind == "encoder":
         graph = encoder_graph(config, *sizes)
     else:
         n_tokens, head, with_audio = sizes
         graph = decoder_graph(config, n_tokens, n_ctx, head=head, with_audio=with_audio)
-    return draft_graph(graph, backend, capture, feed)
+    if not graph.stages.keys() >= {*capture, *feed}:
+        label_values(graph)
+    return draft_graph(observe(graph) if observed else graph, backend, capture, feed)
 
 
 def chunk_rows(index: np.ndarray, rows: list[torch.Tensor]) -> dict[str, np.ndarray | torch.Tensor]:

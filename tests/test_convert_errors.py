@@ -192,7 +192,7 @@ def test_head_must_be_there_unless_tied(folder: Path) -> None:
 
 
 def test_unknown_type_lists_the_known(folder: Path) -> None:
-    refuse(folder, "there is no type 'q9': choose one of f32, f16, bf16, q8_0", "q9")
+    refuse(folder, "there is no type 'q9': choose one of q4_k, .*, q8_0, f16, bf16, f32", "q9")
 
 
 def fails_while_writing(folder: Path, out: Path, type_name: str, message: str) -> None:
@@ -221,7 +221,7 @@ def test_weights_beyond_f16(
         t[name][position] = -70144.0
 
     change_tensors(folder, change)
-    monkeypatch.setattr("auricle.convert.hf.SLAB_BYTES", 1 << 12)
+    monkeypatch.setattr("auricle.convert.slabs.SLAB_WEIGHTS", 1 << 10)
     message = re.escape(f"tensor {name}{list(position)} is -70144.0, beyond F16's range: use --type bf16")
     fails_while_writing(folder, tmp_path / "out", "f16", message)
     convert(plan_conversion(folder, "bf16"), tmp_path / "b.gguf")

@@ -122,6 +122,7 @@ def test_names_shapes_and_dtypes_of_the_stages(oracle, name):
     for k in range(shape.n_merger):
         expected |= {f"deepstack.{k}": (n_audio, shape.d_model), f"llm.inject.{k}": (n_tokens, shape.d_model)}
     expected |= {f"llm.blk.{n}": (n_tokens, shape.d_model) for n in range(shape.n_layer)}
+    expected |= {f"enc.tap.{k}": (n_audio, shape.enc_d_out) for k in range(shape.n_merger)}
     expected |= {"llm.embed": (n_tokens, shape.d_model), "llm.final_norm": (n_tokens, shape.d_model)}
     expected |= {"logits": (n_tokens, shape.n_vocab), "generated_ids": (3,)}
     assert {stage: value.shape for stage, value in stages.items()} == expected

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ...kernels.formats import F32
 from ..graph import Node, Value
 from ..kv_cache import CacheTensor
+from ..ops import OPS
 from ..weights import Weight
 from .backend import Backend, Bound, Kernel
 
@@ -133,6 +134,16 @@ def kv_attention(q: Tensor, k_cache: CacheTensor, v_cache: CacheTensor, position
     return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
+@_define
+def sum_squares(sums: Tensor, x: Tensor, lengths: Tensor | None = None) -> None:
+    """Takes the stored sums and changes them."""
+    if lengths is not None:
+        x = x[torch.arange(x.shape[1]) < lengths[:, None]]
+    rows = x.reshape(-1, x.shape[-1]).double()
+    sums[:-1] += rows.square_().sum(0)
+    sums[-1] += rows.shape[0]
+
+
 TAKES_STORED = {"get_rows"}
 
 
@@ -150,7 +161,7 @@ def bind_definition(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> 
     """Runs the definition and copies its result to where the plan wants it."""
     define, attrs = DEFINITIONS[node.op], dict(node.attrs)
     operands = [_operand(x, node.op in TAKES_STORED) for x in inputs]
-    if node.op == "kv_store":
+    if OPS[node.op].writes:
         return lambda: define(*(x() for x in operands))
     (out,) = outputs
 
@@ -176,8 +187,10 @@ def attention_bytes(node: Node) -> int:
 def transient_bytes(node: Node) -> int:
     """A definition's result and about as much on the way to it, and its weight in float32."""
     own = 2 * sum(v.nbytes for v in node.outputs if v.kind == "computed")
-    if node.op == "get_rows" or node.op == "kv_store":
-        return own if node.op == "get_rows" else node.inputs[1].nbytes
+    if OPS[node.op].writes:
+        return node.inputs[1].nbytes * (3 if node.op == "sum_squares" else 1)  # the rows that count, and in float64
+    if node.op == "get_rows":
+        return own
     attention = attention_bytes(node) if node.op.endswith("attention") else 0
     return own + matrix_bytes(list(node.operands)) + attention
 

@@ -2,7 +2,7 @@
 
 Exit statuses: 0 done; 1 a defect of ours (with a traceback); 2 wrong usage or an option out of range; 3 the model
 file cannot be opened or run; 4 audio cannot be read; 5 the request does not fit the context; 6 conversion failed;
-130 interrupted. Of several files all are tried, and the status is the first failure's.
+7 the sides of a diff differ; 130 interrupted. Of several files all are tried, and the status is the first failure's.
 """
 
 from __future__ import annotations

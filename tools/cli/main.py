@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ...kernels.errors import AuricleError
-from . import answer, files  # noqa: F401  (their commands register themselves)
+from . import answer, conversion, diff, files, imatrix, synth, verify  # noqa: F401  (their commands register themselves)
 from .app import app, complain
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -19,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model, WhisperConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from ...kernels.errors import AuricleError
+from .lazy import Shards, load_lazily
 
 Emit = Callable[[str, Tensor], None]
 
@@ -179,7 +179,8 @@ class Oracle:
 
         def keep(name: str, value: Tensor) -> None:
             dtype = torch.float32 if value.is_floating_point() else torch.int32
-            stages[name] = value.to(dtype).numpy()
+            if name != "decode.logits":
+                stages[name] = value.to(dtype).numpy()
 
         self.trace(samples_mels, input_ids, audio_mask, keep, n_new)
         return stages
@@ -192,14 +193,16 @@ class Oracle:
         audio_mask: np.ndarray,
         emit: Emit,
         n_new: int = 0,
+        all_logits: bool = True,
     ) -> None:
         """Hand each stage to `emit(name, tensor)` as soon as it is computed, in the order of computation.
 
         `samples_mels`: one log-mel [n_mels, n_frames] a clip; `input_ids` [T]; `audio_mask` bool [T], true where an
         audio token stands. With B windows of at most W tokens: `enc.stem_proj` (before positions) and `enc.blk.N`
-        [B, W, d], rows past a window's end meaningless; `enc.out`, `adapter`, `deepstack.K` [n_audio, d];
+        [B, W, d], rows past a window's end meaningless; `enc.out`, `enc.tap.K`, `adapter`, `deepstack.K` [n_audio, d];
         `llm.embed`, `llm.blk.N` (before the injection), `llm.inject.K` (after it), `llm.final_norm` [T, d];
-        `logits` [T, n_vocab]; with `n_new`, `generated_ids` [n_new], greedy: no id ends it.
+        `logits` [T, n_vocab], unless `all_logits` is false; with `n_new`, `generated_ids` [n_new], greedy: no id ends
+        it, and `decode.logits` [n_new, n_vocab], what each was taken from.
         Raises OracleError when mels, ids and mask do not fit together.
         """
         ids = torch.from_numpy(np.asarray(input_ids, dtype=np.int64))
@@ -214,10 +217,12 @@ class Oracle:
 
         hidden, kv_cache = self._prefill(embedded, mask, additions, emit)
         emit("llm.final_norm", hidden)
-        logits = self.model.lm_head(hidden)
-        emit("logits", logits)
+        if all_logits:
+            emit("logits", self.model.lm_head(hidden))
         if n_new:
-            emit("generated_ids", self._continue_greedily(logits[-1], kv_cache, n_new))
+            logits = self._continue_greedily(hidden[-1], kv_cache, n_new)
+            emit("generated_ids", logits.argmax(-1))
+            emit("decode.logits", logits)
 
     def _check_request(self, mels: Sequence[np.ndarray], ids: Tensor, mask: Tensor) -> None:
         encoder = self.model.audio_encoder
@@ -242,6 +247,7 @@ class Oracle:
         emit("adapter", adapted)
         additions = []
         for k, merger in enumerate(self.model.deepstack_audio_merger_list):
+            emit(f"enc.tap.{k}", taps[k])
             additions.append(merger(taps[k]))
             emit(f"deepstack.{k}", additions[k])
         return adapted, additions
@@ -271,17 +277,21 @@ class Oracle:
             out = self.model.language_model(inputs_embeds=embedded[None], use_cache=True)
         return out.last_hidden_state[0], out.past_key_values
 
-    def _continue_greedily(self, logits: Tensor, kv_cache: Any, n_new: int) -> Tensor:
-        """The last position's logits [n_vocab] and its cache -> [n_new] most likely ids, one after the other."""
-        ids = [logits.argmax()]
-        while len(ids) < n_new:
-            out = self.model.language_model(input_ids=ids[-1][None, None], past_key_values=kv_cache, use_cache=True)
-            ids.append(self.model.lm_head(out.last_hidden_state[0, -1]).argmax())
-        return torch.stack(ids)
+    def _continue_greedily(self, hidden: Tensor, kv_cache: Any, n_new: int) -> Tensor:
+        """The last position's final norm [d_model] and its cache -> logits [n_new, n_vocab]: the likeliest id of each
+        row was read before the next."""
+        logits = [self.model.lm_head(hidden)]
+        while len(logits) < n_new:
+            ids = logits[-1].argmax()[None, None]
+            out = self.model.language_model(input_ids=ids, past_key_values=kv_cache, use_cache=True)
+            logits.append(self.model.lm_head(out.last_hidden_state[0, -1]))
+        return torch.stack(logits)
 
 
-def load_oracle(checkpoint_dir: str | Path) -> Oracle:
-    """Read config.json and the safetensors (sharded or not) of a checkpoint; weights become float32.
+def load_oracle(checkpoint_dir: str | Path, resident_bytes: int = sys.maxsize) -> Oracle:
+    """Read config.json and the safetensors (sharded or not) of a checkpoint; weights become float32 when they are used.
+
+    All of them stay in memory as far as `resident_bytes` go; the others are read again each time.
 
     Raises OracleError for an unreadable file, a missing config key, a tensor missing, surplus or of a wrong shape,
     or values the model can't have (a window that is no multiple of 8 frames, a tap outside the encoder).
@@ -294,11 +304,11 @@ def load_oracle(checkpoint_dir: str | Path) -> Oracle:
             model = MossAudio(config)
     except KeyError as error:
         raise OracleError(f"{directory / 'config.json'} lacks {error}: is it a MOSS-Audio checkpoint?") from None
-    weights = _read_weights(directory)
-    if config.get("tie_word_embeddings", False):
-        weights["lm_head.weight"] = weights.get("language_model.embed_tokens.weight")
-    _check_tensors(directory, weights, model.state_dict())
-    model.load_state_dict(weights, assign=True)
+    shards = _open_shards(directory)
+    tied = {"lm_head.weight": "language_model.embed_tokens.weight"} if config.get("tie_word_embeddings", False) else {}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    _check_tensors(directory, {n: s for n, s in shards.shapes.items() if n not in tied}, wanted, tied)
+    load_lazily(model, shards.read, resident_bytes, tied)
     # Its buffers are computed, not loaded: on the meta device they would have no values.
     model.language_model.rotary_emb = Qwen3RotaryEmbedding(config=model.language_model.config)
     return Oracle(model.eval())
@@ -323,24 +333,21 @@ def _check_config(config: dict[str, Any]) -> None:
         raise OracleError(f"DeepStack taps {taps} with {n_layer} encoder layers: each must be 0 to {n_layer - 1}")
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    index = directory / "model.safetensors.index.json"
-    shards = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
-    weights: dict[str, Tensor] = {}
-    for shard in shards:
-        try:
-            weights.update({name: value.float() for name, value in load_file(directory / shard).items()})
-        except (OSError, SafetensorError) as error:
-            raise OracleError(f"can't read {directory / shard}: {error}; download the checkpoint again") from None
-    return weights
+def _open_shards(directory: Path) -> Shards:
+    try:
+        return Shards(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise OracleError(f"can't read {directory}: {error}; download the checkpoint again") from None
 
 
-def _check_tensors(directory: Path, weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    missing, surplus = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+def _check_tensors(
+    directory: Path, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: dict[str, str]
+) -> None:
+    missing = sorted(wanted.keys() - shapes.keys() - tied.keys())
+    surplus = sorted(shapes.keys() - wanted.keys())
     if missing or surplus:
         counts = f"{len(missing)} tensors missing {missing[:3]}, {len(surplus)} surplus {surplus[:3]}"
         raise OracleError(f"{directory}: {counts}; config.json and weights are of different models")
-    for name, value in weights.items():
-        if value.shape != wanted[name].shape:
-            found, expected = tuple(value.shape), tuple(wanted[name].shape)
-            raise OracleError(f"{directory}: {name} has shape {found}, config.json asks for {expected}")
+    for name, shape in shapes.items():
+        if shape != wanted[name]:
+            raise OracleError(f"{directory}: {name} has shape {shape}, config.json asks for {wanted[name]}")

@@ -1,0 +1,122 @@
+"""`auricle convert` and `auricle quantize`: GGUF files from checkpoints and from other GGUF files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ...convert.recipes import DEFAULT, RECIPES
+from .app import app
+from .options import format_bytes, with_settings
+from .tables import format_shape, print_sizes, print_table, show_progress
+
+if TYPE_CHECKING:
+    from ...convert.plan import ConversionPlan
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """Which types, how, and whether at all."""
+
+    type_name: Annotated[str, typer.Option("--type", help=f"Recipe of types: {', '.join(RECIPES)}.")] = DEFAULT
+    tensor_types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="PATTERN=TYPE",
+            help="Type of the tensors whose names match a shell pattern, as in 'llm.blk.*.attn.v.*=q6_k'; may be "
+            "repeated, the first match wins. Vectors stay F32.",
+            show_default=False,
+        ),
+    ] = None
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="Importance of columns, a file of `auricle imatrix`.")
+    ] = None
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]", show_default=False)
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted conversion ended.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False
+
+    def choices(self) -> dict[str, Any]:
+        """The keyword arguments of both planners."""
+        from ...convert.recipes import parse_override
+
+        importance = None
+        if self.imatrix is not None:
+            from ...convert.importance import read_importance
+
+            importance = read_importance(self.imatrix)
+        overrides = [parse_override(text) for text in self.tensor_types or ()]
+        return {"type_name": self.type_name, "overrides": overrides, "importance": importance}
+
+
+@app.command()
+@with_settings(ConversionSettings)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The GGUF file to write.", show_default=False)],
+    *,
+    settings: ConversionSettings,
+) -> None:
+    """Make a GGUF file from a Hugging Face checkpoint.
+
+    The file appears when it is complete, or not at all; until then the work is in OUT.part.
+    """
+    from ...convert.hf import plan_conversion
+
+    _carry_out(plan_conversion(checkpoint, **settings.choices()), out, settings)
+
+
+@app.command()
+@with_settings(ConversionSettings)
+def quantize(
+    model: Annotated[Path, typer.Argument(help="The GGUF file to read.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The GGUF file to write.", show_default=False)],
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantise weights again that have been already: they lose twice.")
+    ] = False,
+    *,
+    settings: ConversionSettings,
+) -> None:
+    """Make a GGUF file of other types from a GGUF file.
+
+    The file appears when it is complete, or not at all; until then the work is in OUT.part.
+    """
+    from ...convert.requantize import plan_requantization
+
+    _carry_out(plan_requantization(model, **settings.choices(), allow_requantize=allow_requantize), out, settings)
+
+
+def _carry_out(plan: ConversionPlan, out: Path, settings: ConversionSettings) -> None:
+    from ...convert.stream import VERIFYING, WRITING
+    from ...convert.stream import convert as write_file
+
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    for note in plan.notes:
+        notes.print(escape(note))
+    if settings.dry_run:
+        _print_plan(plan)
+        return
+    try:
+        with show_progress({WRITING: " weights", VERIFYING: " weights"}) as progress:
+            write_file(plan, out, progress, jobs=settings.jobs, resume=settings.resume)
+    except KeyboardInterrupt:
+        if Path(f"{out}.part").exists():
+            notes.print(f"interrupted; --resume goes on from {escape(str(out))}.part")
+        raise
+    notes.print(f"{escape(str(out))}: {len(plan)} tensors, {plan.total_bytes:,} bytes")
+
+
+def _print_plan(plan: ConversionPlan) -> None:
+    rows = [(r.target, format_shape(r.shape), r.source_dtype, r.format.name, f"{r.nbytes:,}") for r in plan]
+    print_table(("tensor", "shape", "from", "type", "bytes"), rows, n_right=1)
+    print_sizes("part", plan.bytes_by_part())
+    print_sizes("type", plan.bytes_by_type())
+    print(f"metadata and alignment: {plan.total_bytes - sum(r.nbytes for r in plan):,} bytes")
+    print(f"file: {plan.total_bytes:,} bytes ({format_bytes(plan.total_bytes)})")

@@ -1,0 +1,69 @@
+"""`auricle imatrix`: what the matrices of a model see on real recordings, for quantising them well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from ...engine.prompts import TASKS
+from ...engine.sampling import OptionError
+from .app import app
+from .options import MaxNewTokens, OpenSettings, with_settings
+
+
+@app.command()
+@with_settings(OpenSettings)
+def imatrix(
+    files: Annotated[list[Path], typer.Argument(help="Audio files like those to come.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write, a GGUF.", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask of each file.")] = TASKS["transcribe"],
+    max_new_tokens: MaxNewTokens = 64,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", help="Add what this file holds; may be repeated.", show_default=False),
+    ] = None,
+    *,
+    settings: OpenSettings,
+) -> None:
+    """Collect an importance matrix: the energy of each input column of each weight.
+
+    Each file is a request of its own. The output appears when it is complete, or not at all.
+    """
+    from ...convert.importance import merge as merge_matrices
+    from ...convert.importance import read_matrix, write_matrix
+    from ..imatrix import check_columns, collect_importance
+
+    matrices = {path: read_matrix(path) for path in merge or ()}
+    _check_output(out, [settings.model, *files])
+    with settings.open() as model:
+        for path, matrix in matrices.items():
+            check_columns(model, matrix, str(path))
+        console = Console(stderr=True)
+        columns = ("listening …", MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=len(files))
+            clips = [str(file) for file in files]
+            new = collect_importance(model, clips, prompt, max_new_tokens, lambda n, _: bar.update(task, completed=n))
+    total = merge_matrices([*matrices.values(), new])
+    n_bytes = write_matrix(out, total)
+    if settings.as_json:
+        rows = {name: sums.n_rows for name, sums in total.sums.items()}
+        print(json.dumps({"file": str(out), "bytes": n_bytes, "datasets": total.datasets, "rows": rows}))
+        return
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    notes.print(f"{escape(str(out))}: {len(total.sums)} weights, {len(total.datasets)} recordings, {n_bytes:,} bytes")
+
+
+def _check_output(out: Path, inputs: list[Path]) -> None:
+    """What would be noticed only after the work, or not at all. Raises OptionError."""
+    if not out.parent.is_dir():
+        raise OptionError(f"{out.parent} is not a folder: make it first, or write elsewhere")
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise OptionError(f"{out} is an input itself; write to another path")
