@@ -8,7 +8,8 @@ with load("model.gguf") as model:
 """
 
 from ..kernels.errors import AuricleError
+from .answer import GenerateOptions, Result, Timings
 from .segments import Segment
-from .session import GenerateOptions, Model, Result, Stream, Timings, load
+from .session import Model, Stream, load
 
 __all__ = ["AuricleError", "GenerateOptions", "Model", "Result", "Segment", "Stream", "Timings", "load"]

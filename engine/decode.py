@@ -104,13 +104,26 @@ def _identify(source: object) -> tuple[str, Path | None, bytes | None]:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         name = str(path) if str(path).isprintable() else repr(str(path))
-        return (name, path, None) if _is_regular(name, path) else (name, None, _read(name, path))
+        if _is_regular(name, path) and _is_unicode(str(path)):
+            return name, path, None
+        return name, None, _read(name, path)
+    if isinstance(source, io.TextIOBase):
+        raise AudioError("file object is open as text; open it in binary mode ('rb')")
     if hasattr(source, "read"):
         data = source.read()
         if not isinstance(data, bytes):
             raise AudioError(f"file object yields {type(data).__name__}, not bytes; open it in binary mode ('rb')")
         return "file object", None, data
     raise AudioError(f"{type(source).__name__} is no audio; give a path, bytes, a binary file object or a numpy array")
+
+
+def _is_unicode(text: str) -> bool:
+    """libsndfile's binding takes no other file names."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_regular(name: str, path: Path) -> bool:

@@ -73,7 +73,8 @@ class Cursor:
         self.cost_left = MAX_COST
 
     def fail(self, problem: str) -> NoReturn:
-        raise GGUFError(f"{self.path}: {problem}")
+        path = str(self.path)
+        raise GGUFError(f"{path if path.isprintable() else repr(path)}: {problem}")
 
     def need(self, n_bytes: int, what: str) -> None:
         if n_bytes <= self.end - self.pos:

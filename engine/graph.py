@@ -176,6 +176,9 @@ def replay(
             new.nodes.append(Node(node.op, tuple(current(x) for x in node.inputs), node.attrs, outputs))
         for old, value in zip(node.outputs, outputs, strict=True):
             now.setdefault(old, value)
+    for value in graph.stages.values():  # a stage that is fed and captured, and read by nobody
+        if value.kind == "input" and graph.leaves.get((value.kind, value.name)) is value:
+            current(value)
     new.stages = {name: now[v] for name, v in graph.stages.items() if v in now}
     new.required = [now[v] for v in graph.required if v in now]
     return new

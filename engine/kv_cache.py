@@ -42,6 +42,17 @@ class CacheTensor:
             rows = torch.from_numpy(blocks).reshape(*rows.shape[:2], self.data.shape[-1])
         self.data[positions.long()] = rows.to(self.data.dtype)
 
+    def read_head(self, head: int, out: torch.Tensor) -> torch.Tensor:
+        """The first rows of one head into out float32 [n, d_head]; gives out, or a view where no copy is needed."""
+        import torch
+
+        stored = self.data[: out.shape[0], head]
+        if self.format is F32:
+            return stored
+        if self.format is Q8_0:
+            stored = torch.from_numpy(dequantize(stored.contiguous().numpy(), Q8_0))
+        return out.copy_(stored)
+
     def read(self, n: int) -> torch.Tensor:
         """The first n rows in float32 [n, n_kv_head, d_head]; a view when they are kept so."""
         import torch

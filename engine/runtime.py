@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .backends.backend import Backend
     from .gguf import GGUFFile
 
-MAX_PROGRAMS = 16  # of plain runs; the oldest goes
+MAX_PROGRAMS = 16  # of plain runs; the one not used for longest goes
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -219,6 +219,7 @@ class Runtime:
         """
         full_key = (*key, *capture)
         if feed is None and full_key in self._programs:
+            self._programs[full_key] = self._programs.pop(full_key)  # the last used goes last
             return self._programs[full_key]
         observed = self._observers is not None
         draft = draft_program(self.config, self.backend, self.n_ctx, key, capture, feed or (), observed=observed)

@@ -30,11 +30,11 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        finite = math.isfinite
+        finite = _is_finite
         _require(finite(self.temperature) and self.temperature >= 0, "--temperature", self.temperature, "0 or more")
         _require(_is_whole(self.top_k) and self.top_k >= 0, "--top-k", self.top_k, "a whole number, 0 (off) or more")
-        _require(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.min_p <= 1, "--min-p", self.min_p, "from 0 to 1")
+        _require(finite(self.top_p) and 0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
+        _require(finite(self.min_p) and 0 <= self.min_p <= 1, "--min-p", self.min_p, "from 0 to 1")
         penalty = self.repetition_penalty
         _require(finite(penalty) and penalty > 0, "--repetition-penalty", penalty, "above 0 (1 is off)")
         seed_ok = self.seed is None or (_is_whole(self.seed) and self.seed >= 0)
@@ -112,6 +112,10 @@ def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
     above = np.flatnonzero(probabilities > least)
     equal = np.flatnonzero(probabilities == least)[: n_kept - len(above)]
     return np.sort(np.concatenate((above, equal)))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: object) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from ..kernels.errors import AuricleError
+from .answer import Answer, GenerateOptions, Result, Timings, check_whole
 from .audio import SAMPLE_RATE, load_audio
 from .backends import find_backend
 from .gguf import GGUFFile, open_gguf
@@ -24,9 +25,7 @@ from .mel import log_mel
 from .models.config import ModelError
 from .models.moss_audio import TIME_MARKERS_DEFAULT, MossAudioConfig, clip_tokens, read_moss_audio
 from .prompts import TASKS, Prompt, SpecialIds, build_prompt
-from .sampling import OptionError, Sampler, SamplingOptions
-from .segments import Segment, SegmentParser
-from .text import StopStrings, TextStream, ThinkSplitter
+from .sampling import OptionError, Sampler
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -34,62 +33,17 @@ if TYPE_CHECKING:
     from .memory import MemoryPlan
     from .runtime import Runtime
 
+MAX_CLIP_SECONDS = 24 * 3600
 SPECIAL_KEYS = ("audio_token_id", "audio_start_id", "audio_end_id")  # under `moss_audio.`
 AudioSource = str | os.PathLike | bytes | BinaryIO | np.ndarray
 
 
 class ContextError(AuricleError):
-    """A request that does not fit into the context."""
+    """A request that does not fit into the context, or a context that does not fit into memory."""
 
 
-@dataclass(frozen=True)
-class GenerateOptions(SamplingOptions):
-    """Sampling, and when to stop. `stop`: strings that end the answer and are not part of it. `time_markers`: None
-    takes what the model file says."""
-
-    max_new_tokens: int = 1024
-    stop: tuple[str, ...] = ()
-    time_markers: bool | None = None
-
-    def __post_init__(self) -> None:
-        SamplingOptions.__post_init__(self)
-        if self.max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if any(not s for s in self.stop):
-            raise OptionError("a stop string is empty; leave it out or give it a character")
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds: reading and transforming the audio, encoding it, filling the cache with the prompt, and decoding."""
-
-    audio_s: float
-    encode_s: float
-    prefill_s: float
-    decode_s: float
-
-    @property
-    def first_token_s(self) -> float:
-        return self.audio_s + self.encode_s + self.prefill_s
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One answer. `text` has neither the think block (`reasoning`) nor the stop string; `token_ids` are the generated
-    ids without the one that ended the answer; `finish_reason` is "stop" or "length"."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    reasoning: str
-    segments: tuple[Segment, ...]
-    audio_seconds: float
-    prompt_tokens: int
-    finish_reason: str
-    timings: Timings
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+class TurnError(AuricleError):
+    """A request to a model that is closed or that has gone on to another one."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +68,17 @@ class Model:
                 f"{file.path}: {self.tokenizer.n_tokens} tokens but {self.config.decoder.vocab_size} embedding rows; "
                 "convert the checkpoint again"
             )
-        self.special = SpecialIds(*(file.require(f"moss_audio.{key}", int) for key in SPECIAL_KEYS))
-        self.kv_format = KV_FORMATS[check_kv_type(kv_type or backend.kv_type, self.config.decoder.head_dim)]
+        self.special = SpecialIds(*(self._token_id(f"moss_audio.{key}") for key in SPECIAL_KEYS))
+        self.stop_ids = self._find_stop_ids()
+        wanted = backend.kv_type if kv_type is None else kv_type
+        self.kv_format = KV_FORMATS[check_kv_type(wanted, self.config.decoder.head_dim)]
         self.n_ctx = check_context(n_ctx, self.config.decoder.max_position_embeddings)
-        self.time_markers = bool(file.get("moss_audio.time_markers", TIME_MARKERS_DEFAULT))
+        key = "moss_audio.time_markers"
+        self.time_markers = file.require(key, bool) if key in file.metadata else TIME_MARKERS_DEFAULT
         self._poison = poison
         self._runtime: Runtime | None = None
         self._turn = 0
+        self._closed = False
 
     def __enter__(self) -> Model:
         return self
@@ -132,6 +90,7 @@ class Model:
         """Gives the memory back; the model cannot be used afterwards."""
         self._runtime = None
         self._turn += 1
+        self._closed = True
         self.file.close()
 
     @property
@@ -140,9 +99,13 @@ class Model:
         if self._runtime is None:
             from .runtime import Runtime
 
-            self._runtime = Runtime(
-                self.file, self.config, self.backend, n_ctx=self.n_ctx, kv_format=self.kv_format, poison=self._poison
-            )
+            sizes = {"n_ctx": self.n_ctx, "kv_format": self.kv_format}
+            try:
+                self._runtime = Runtime(self.file, self.config, self.backend, **sizes, poison=self._poison)
+            except RuntimeError as error:  # PyTorch's way to say that memory cannot be reserved
+                raise ContextError(
+                    f"a cache of {self.n_ctx} tokens does not fit into memory; ask for a smaller context"
+                ) from error
         return self._runtime
 
     def stream(
@@ -162,6 +125,8 @@ class Model:
         if unknown := sorted(options.keys() - known):
             raise OptionError(f"no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         chosen = GenerateOptions(**options)
+        if self._closed:
+            raise TurnError("the model is closed; load it again")
         start = time.perf_counter()
         heard = self.listen(audio, sample_rate)
         ids = self.build_prompt(prompt, heard, chosen.time_markers)
@@ -208,11 +173,19 @@ class Model:
         counts = [clip_tokens(self.config.encoder, mel.shape[1]) for mel in heard.mels]
         return build_prompt(self.tokenizer, self.special, text, counts, markers)
 
-    def stop_ids(self) -> frozenset[int]:
+    def _token_id(self, key: str) -> int:
+        """The token that the file names under `key`, which must be one."""
+        value = self.file.require(key, int)
+        if not 0 <= value < self.tokenizer.n_tokens:
+            raise ModelError(f"{self.file.path}: {key} is {value}; the tokens are 0 to {self.tokenizer.n_tokens - 1}")
+        return value
+
+    def _find_stop_ids(self) -> frozenset[int]:
         """Ids that end an answer."""
         named = (self.tokenizer.id_of(token) for token in ("<|im_end|>", "<|endoftext|>"))
-        keyed = (self.file.get(key, None) for key in ("moss_audio.eos_token_id", "tokenizer.ggml.eos_token_id"))
-        return frozenset(int(i) for i in (*named, *keyed) if i is not None)
+        keys = ("moss_audio.eos_token_id", "tokenizer.ggml.eos_token_id")
+        keyed = (self._token_id(key) for key in keys if key in self.file.metadata)
+        return frozenset(i for i in (*named, *keyed) if i is not None)
 
     def plan(
         self, clip_seconds: Sequence[float], prompt: str = TASKS["transcribe"], max_new_tokens: int = 1024
@@ -220,6 +193,10 @@ class Model:
         """What a request would take in memory; nothing runs. Raises ContextError when it would not fit the context."""
         from .memory import Request, plan_request
 
+        check_whole("max_new_tokens", max_new_tokens)
+        for seconds in clip_seconds:
+            if not 0.01 <= seconds <= MAX_CLIP_SECONDS:
+                raise OptionError(f"a clip of {seconds:g} s; it must be from 0.01 to {MAX_CLIP_SECONDS} s")
         frames = tuple(int(s * SAMPLE_RATE) // 160 for s in clip_seconds)
         silent = Heard([np.empty((0, n), np.float32) for n in frames], sum(clip_seconds))
         ids = self.build_prompt(prompt, silent).ids
@@ -253,7 +230,14 @@ class Stream:
         assert self._result is not None, "the answer has not ended; iterate to its end first"
         return self._result
 
+    def _check_turn(self) -> None:
+        if self._turn != self._model._turn:
+            raise TurnError(
+                "this answer is over: the model was closed or asked again; read it to its end first, or open two models"
+            )
+
     def _run(self) -> Iterator[str]:
+        self._check_turn()
         answer = Answer(self._model.tokenizer, self._options.stop, self._heard.seconds)
         clock = [time.perf_counter()]
         rows = self._model.runtime.encode(self._heard.mels) if self._heard.mels else []
@@ -286,59 +270,17 @@ class Stream:
 
     def _tokens(self, logits: np.ndarray) -> Iterator[int | None]:
         """Sampled ids until the budget or the context is used up; None for one that ends the answer."""
-        model, stop_ids, sampler = self._model, self._model.stop_ids(), Sampler(self._options)
+        model, stop_ids, sampler = self._model, self._model.stop_ids, Sampler(self._options)
         n_prompt = len(self._prompt.ids)
         history: list[int] = []
         n_new = min(self._options.max_new_tokens, model.n_ctx - n_prompt)
         for i in range(n_new):
-            if self._turn != model._turn:
-                raise RuntimeError(
-                    "another request was started, or the model closed; a model runs one request at a time"
-                )
             token = sampler.sample(logits, history)
             yield None if token in stop_ids else token
+            self._check_turn()  # the caller may have asked for something else meanwhile
             history.append(token)
             if i + 1 < n_new:
                 logits = model.runtime.decode(token, n_prompt + i)
-
-
-class Answer:
-    """Tokens to text: whole characters, the think block apart, nothing beyond a stop string, time stamps parsed."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], audio_seconds: float) -> None:
-        self._text, self._stop = TextStream(tokenizer), StopStrings(stop)
-        self._split = ThinkSplitter(tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
-        self._parser = SegmentParser(audio_seconds)
-        self.token_ids: list[int] = []
-        self.text, self.reasoning = "", ""
-        self.segments: list[Segment] = []
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """Takes one id; gives the text that can be shown now."""
-        self.token_ids.append(token)
-        return self._route(token, self._text.push(token))
-
-    def close(self) -> str:
-        """Gives the text that was held back."""
-        shown = self._route(None, self._text.close())
-        if not self.stopped:
-            shown += self._keep(self._stop.flush())
-        self.segments += self._parser.close()
-        return shown
-
-    def _route(self, token: int | None, piece: str) -> str:
-        channel, text = self._split.push(token, piece)
-        if channel == "reasoning":
-            self.reasoning += text
-            return ""
-        shown, self.stopped = self._stop.push(text)
-        return self._keep(shown)
-
-    def _keep(self, shown: str) -> str:
-        self.text += shown
-        self.segments += self._parser.feed(shown)
-        return shown
 
 
 def check_kv_type(kv_type: str, d_head: int) -> str:
@@ -352,9 +294,12 @@ def check_kv_type(kv_type: str, d_head: int) -> str:
 
 def check_context(n_ctx: int | None, n_max: int) -> int:
     """The context in tokens: what was asked for, or all the model has positions for."""
-    if n_ctx is not None and not 1 <= n_ctx <= n_max:
+    if n_ctx is None:
+        return n_max
+    check_whole("--ctx", n_ctx)
+    if n_ctx > n_max:
         raise OptionError(f"--ctx is {n_ctx}; this model takes 1 to {n_max}")
-    return n_ctx or n_max
+    return n_ctx
 
 
 def load(
@@ -385,8 +330,10 @@ def load(
 
 def set_threads(n: int) -> None:
     """How many cores the arithmetic uses, for the whole process."""
-    if n < 1:
-        raise OptionError(f"--threads is {n}; it must be at least 1")
+    check_whole("--threads", n)
+    most = 4 * (os.cpu_count() or 1)
+    if n > most:
+        raise OptionError(f"--threads is {n}; at most {most} make sense on this machine")
     import torch
 
     torch.set_num_threads(n)

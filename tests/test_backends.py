@@ -11,7 +11,6 @@ from auricle.engine.backends import BACKENDS, BackendError, find_backend
 from auricle.engine.executor import compile_graph
 from auricle.engine.graph import Graph
 from auricle.kernels.formats import BF16, F16, F32, Q4_K, Q8_0, Format
-from auricle.kernels.quantize import quantize
 from op_cases import CASES, Case, materials
 
 FAST = [name for name in BACKENDS if name != "reference"]
@@ -132,8 +131,3 @@ def test_a_k_quant_runs(backend: str) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(BackendError, match="no backend 'tpu'; there are: cpu, reference"):
         find_backend("tpu")
-
-
-def test_quantize_is_what_the_cache_uses() -> None:
-    rows = np.random.default_rng(2).standard_normal((4, 64), dtype=np.float32)
-    assert quantize(rows, Q8_0).shape == (4, 2 * Q8_0.block_bytes)

@@ -203,7 +203,8 @@ def test_inspect(folder: Path) -> None:
 def test_version_and_help() -> None:
     assert auricle("--version").stdout.startswith(b"auricle 0.")
     assert all(
-        word in auricle("--help").stdout.decode() for word in ("transcribe", "ask", "convert", "inspect", "plan")
+        word in auricle("--help").stdout.decode()
+        for word in ("transcribe", "ask", "convert", "quantize", "inspect", "plan", "verify", "imatrix", "synth")
     )
 
 

@@ -108,12 +108,17 @@ def random_graphs(draw: st.DrawFn) -> Graph:
     pool: list[Value] = [g.input("x", (draw(st.integers(1, 4)), 12)), g.input("y", (2, 6))]
     for _ in range(draw(st.integers(1, 25))):
         a = draw(st.sampled_from(pool))
-        op = draw(st.sampled_from(["silu", "add", "reshape", "linear"]))
+        op = draw(st.sampled_from(["silu", "add", "reshape", "linear", "linear", "norm", "gate"]))
         if op == "reshape":
             pool.append(g.reshape(a, shape=(a.size,) if len(a.shape) > 1 else (1, a.size)))
         elif op == "linear":
             n_out = draw(st.integers(1, 40))
             pool.append(g.linear(a, g.weight(f"w{a.shape[-1]}.{n_out}", (n_out, a.shape[-1]))))
+        elif op == "norm":
+            pool.append(g.rms_norm(a, g.weight(f"n{a.shape[-1]}", a.shape[-1:]), eps=1e-6))
+        elif op == "gate":
+            pool += [g.silu(a), g.linear(a, g.weight(f"sq{a.shape[-1]}", (a.shape[-1], a.shape[-1])))]
+            pool.append(g.mul(pool[-2], pool[-1]))
         elif op == "add":
             pool.append(g.add(a, draw(st.sampled_from([b for b in pool if b.shape == a.shape]))))
         else:
@@ -172,6 +177,29 @@ def test_the_arena_is_as_large_as_its_highest_value() -> None:
 
 
 SHAPES = {v.name: v.shape for v in block_graph().leaves_of("weight")}
+
+
+@settings(max_examples=80, deadline=None)
+@given(random_graphs(), st.permutations(RULES))
+def test_rules_change_nothing_on_random_graphs(graph: Graph, rules: list) -> None:
+    rng = np.random.default_rng(4)
+    names = list(graph.stages)
+    needed = {v.name for v in cut(graph, names).leaves_of("input")}
+    feed = {
+        v.name: rng.standard_normal(v.shape, dtype=np.float32) for v in graph.leaves_of("input") if v.name in needed
+    }
+    ruled = Backend("ruled", REFERENCE.kernels, tuple(rules), "f32", 4, 8)
+    want, got = run(graph, REFERENCE, names, feed), run(graph, ruled, names, feed)
+    for name in names:
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_a_stage_that_is_fed_can_be_captured() -> None:
+    norm = np.ones((3, 8), np.float32)
+    for backend in (REFERENCE, find_backend("cpu")):
+        np.testing.assert_array_equal(
+            run(block_graph(), backend, ["norm"], {"norm": norm}, fed=("norm",))["norm"], norm
+        )
 
 
 def test_placing_disjoint_lifetimes_in_one_place() -> None:

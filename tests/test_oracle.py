@@ -252,9 +252,9 @@ def test_a_request_without_audio(oracle):
 def test_trace_hands_stages_over_in_the_order_of_computation(oracle):
     names: list[str] = []
     oracle("tied").trace(random_mels(16), *prompt(2), lambda name, _: names.append(name), n_new=1)
-    encoder = ["enc.stem_proj", *(f"enc.blk.{n}" for n in range(4)), "enc.out", "adapter", "deepstack.0"]
+    encoder = ["enc.stem_proj", *(f"enc.blk.{n}" for n in range(4)), "enc.out", "adapter", "enc.tap.0", "deepstack.0"]
     decoder = ["llm.embed", "llm.blk.0", "llm.inject.0", "llm.blk.1", "llm.blk.2", "llm.final_norm", "logits"]
-    assert names == [*encoder, *decoder, "generated_ids"]
+    assert names == [*encoder, *decoder, "generated_ids", "decode.logits"]
 
 
 # Refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -31,7 +32,7 @@ def describe_file(file: GGUFFile) -> dict[str, Any]:
         "bytes_by_part": dict(parts),
         "bytes_by_type": dict(types),
         "tensor_bytes": sum(types.values()),
-        "n_weights": sum(int(np.prod(t.shape)) for t in file.tensors.values()),
+        "n_weights": sum(math.prod(t.shape) for t in file.tensors.values()),
     }
 
 
@@ -40,4 +41,5 @@ def shorten(value: Any) -> Any:
     if isinstance(value, (list, tuple, np.ndarray)):
         items = [shorten(v) for v in value[:SHOWN_ITEMS]]
         return {"length": len(value), "first": items} if len(value) > SHOWN_ITEMS else items
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

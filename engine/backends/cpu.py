@@ -113,44 +113,60 @@ def bind_permute(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Cal
     return lambda: outputs[0].copy_(inputs[0].permute(node.attrs["dims"]))
 
 
-def bind_kv_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Callable[[], None]:
-    """A block of query tokens at a time, so that the scores stay small at any context."""
+def bind_kv_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor) -> Callable[[], None]:
+    """A head of the cache at a time, and a block of the query tokens that see it: little work space at any depth."""
     q, k_cache, v_cache, positions = inputs
     (out,) = outputs
     n_tokens, n_head, d_head = q.shape
-    n_kv_head = k_cache.shape[1]
+    n_ctx, n_kv_head, _ = k_cache.shape
     group = n_head // n_kv_head
+    keys, values, scores = scratch.view(torch.float32).split([n_ctx * d_head, n_ctx * d_head, n_scores(node)])
 
     def call() -> None:
         n_slots = int(positions[-1]) + 1
-        k, v = (c.read(n_slots).transpose(0, 1) for c in (k_cache, v_cache))  # [n_kv_head, n_slots, d_head]
+        step = query_block(group, n_slots)
         slots = torch.arange(n_slots)
-        step = query_block(n_head, n_slots)
-        for start in range(0, n_tokens, step):
-            block = q[start : start + step].view(-1, n_kv_head, group, d_head)
-            n = block.shape[0]
-            rows = block.permute(1, 2, 0, 3).reshape(n_kv_head, group * n, d_head)
-            scores = torch.bmm(rows, k.transpose(1, 2)).mul_(1 / math.sqrt(d_head))
-            later = slots > positions[start : start + n, None]
-            scores.view(n_kv_head, group, n, n_slots).masked_fill_(later, -math.inf)
-            torch.softmax(scores, -1, out=scores)
-            mixed = torch.bmm(scores, v).view(n_kv_head, group, n, d_head)
-            out[start : start + n].view(n, n_kv_head, group, d_head).copy_(mixed.permute(2, 0, 1, 3))
+        for head in range(n_kv_head):
+            k, v = (
+                cache.read_head(head, memory[: n_slots * d_head].view(n_slots, d_head))
+                for cache, memory in ((k_cache, keys), (v_cache, values))
+            )
+            heads = slice(head * group, (head + 1) * group)
+            for start in range(0, n_tokens, step):
+                block = q[start : start + step, heads]  # [n, group, d_head]
+                n = block.shape[0]
+                weights = scores[: n * group * n_slots].view(n * group, n_slots)
+                torch.mm(block.reshape(n * group, d_head), k.T, out=weights).mul_(1 / math.sqrt(d_head))
+                later = slots > positions[start : start + n, None]
+                weights.view(n, group, n_slots).masked_fill_(later[:, None], -math.inf)
+                torch.softmax(weights, -1, out=weights)
+                out[start : start + n, heads] = torch.mm(weights, v).view(n, group, d_head)
 
     return call
 
 
-def query_block(n_head: int, n_slots: int) -> int:
-    """Query tokens whose scores fill SCORE_BYTES."""
-    return max(1, SCORE_BYTES // (4 * n_head * n_slots))
+def query_block(group: int, n_slots: int) -> int:
+    """Query tokens whose scores, `group` rows each, fill SCORE_BYTES."""
+    return max(1, SCORE_BYTES // (4 * group * n_slots))
+
+
+def n_scores(node: Node) -> int:
+    """The most scores that are there at a time."""
+    q, k = node.inputs[:2]
+    row = q.shape[1] // k.shape[1] * k.shape[0]
+    return min(q.shape[0] * row, max(row, SCORE_BYTES // 4))
+
+
+def kv_attention_scratch(node: Node) -> int:
+    """One head of keys and of values in float32, and the scores of a block."""
+    n_ctx, _, d_head = node.inputs[1].shape
+    return 4 * (2 * n_ctx * d_head + n_scores(node))
 
 
 def kv_attention_bytes(node: Node) -> int:
-    """A block's scores, and keys and values in float32 where they are kept smaller (bounded by a full cache)."""
-    q, k, v = node.inputs[:3]
-    n_slots = k.shape[0]
-    scores = 4 * min(q.shape[0], query_block(q.shape[1], n_slots)) * q.shape[1] * n_slots
-    return scores + k.nbytes + v.nbytes
+    """The mask of a block, and what a matrix library packs of one head's keys and values."""
+    n_ctx, _, d_head = node.inputs[1].shape
+    return n_ctx * (min(node.inputs[0].shape[0], query_block(1, n_ctx)) + 8 * d_head)
 
 
 def own_bytes(values: tuple[Value, ...]) -> int:
@@ -169,7 +185,7 @@ KERNELS = reference.KERNELS | {
     "gelu": Kernel(bind_gelu),
     "permute": Kernel(bind_permute),
     "conv2d": Kernel(reference.bind_definition, transient=conv_bytes),
-    "kv_attention": Kernel(bind_kv_attention, transient=kv_attention_bytes),
+    "kv_attention": Kernel(bind_kv_attention, kv_attention_scratch, kv_attention_bytes),
 }
 
 BACKEND = Backend("cpu", KERNELS, rules=(fuse_gates,), kv_type="f16", window_batch=4, prefill_chunk=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +31,7 @@ def read_config(cls: type[T], file: GGUFFile, prefix: str) -> T:
         if field.default is not dataclasses.MISSING and key not in file.metadata:
             continue
         value = file.require(key, kinds[field.name])
-        if kinds[field.name] in (int, float) and value <= 0:
+        if kinds[field.name] in (int, float) and not 0 < value < math.inf:
             raise ModelError(f"{file.path}: {key} is {value}; it must be positive")
         values[field.name] = value
     return cls(**values)

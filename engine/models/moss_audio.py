@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "moss_audio"
 TIME_MARKERS_DEFAULT = True  # published files lack the key
+MAX_CONTEXT = 1 << 24  # tokens; no model comes near
 
 # Parts of the model, for totals: the first pattern that matches a tensor's name.
 PARTS: tuple[tuple[str, str], ...] = (
@@ -93,20 +94,25 @@ def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
         encoder=read_config(EncoderConfig, file, "moss_audio.enc"),
         decoder=read_config(DecoderConfig, file, "moss_audio.llm"),
         taps=tuple(file.require(f"moss_audio.deepstack.tap.{k}", int) for k in range(n_taps)),
-        n_inject=min(n_taps, file.require("moss_audio.deepstack.num_inject_layers", int)),
+        n_inject=max(0, min(n_taps, file.require("moss_audio.deepstack.num_inject_layers", int))),
         adapter_hidden=file.require("moss_audio.adapter.hidden_size", int),
         tied="llm.lm_head.weight" not in file.tensors,
     )
-    check_config(config, str(file.path))
+    check_config(config, str(file.path), len(file.tensors))
     check_tensors(config, file)
     return config
 
 
-def check_config(c: MossAudioConfig, path: str) -> None:
-    """Refuses sizes that do not fit together."""
+def check_config(c: MossAudioConfig, path: str, n_tensors: int) -> None:
+    """Refuses sizes that do not fit together, or that no file of `n_tensors` tensors can have."""
     e, d = c.encoder, c.decoder
     outside = [t for t in c.taps if not 0 <= t < e.encoder_layers]
+    n_layer, n_tokens = e.encoder_layers + d.num_layers, e.n_window // 4
     rules = [
+        (n_layer <= n_tensors, f"enc.encoder_layers and llm.num_layers are {n_layer} for {n_tensors} tensors"),
+        (d.max_position_embeddings <= MAX_CONTEXT, f"llm.max_position_embeddings is above {MAX_CONTEXT}"),
+        (n_tokens <= e.max_source_positions, f"enc.n_window {e.n_window} is above 4 x enc.max_source_positions"),
+        (e.downsample_rate == 8, f"enc.downsample_rate is {e.downsample_rate}; three convolutions make it 8"),
         (e.window_frames % 8 == 0, f"enc.n_window is {e.n_window}; twice that, a window's frames, must divide by 8"),
         (e.d_model % e.encoder_attention_heads == 0, f"enc.d_model {e.d_model}: not {e.encoder_attention_heads} heads"),
         (e.d_model % 2 == 0 and e.d_model > 2, f"enc.d_model is {e.d_model}; positions need an even size above 2"),
@@ -122,7 +128,7 @@ def check_config(c: MossAudioConfig, path: str) -> None:
 
 
 def check_tensors(c: MossAudioConfig, file: GGUFFile) -> None:
-    """Every weight the graphs ask for must be in the file with that shape."""
+    """Every weight the graphs ask for must be in the file with that shape; the front end's tables may be."""
     encoder = encoder_graph(c, 1, c.encoder.window_frames, c.encoder.window_frames // 8)
     decoder = decoder_graph(c, 1, 1, head="all", with_audio=True)
     for leaf in encoder.leaves_of("weight") + decoder.leaves_of("weight"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from ...engine import Model, Result
+from ...engine.audio import AudioError
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
 from ...kernels.errors import AuricleError
 from .app import app, complain
 from .options import AnswerSettings, with_settings
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aiff"}
 
 
 @app.command()
@@ -61,10 +65,11 @@ def split_question(words: list[str], prompt: str | None) -> tuple[list[str], str
     if prompt is not None:
         return words, prompt
     *files, question = words
-    if question == "-" or Path(question).exists():
-        raise OptionError(
-            f"the question is missing: the last argument, {question}, is a file; put the question after it"
-        )
+    if not question.strip():
+        raise OptionError("the question is empty; write one")
+    is_file = os.path.isfile(question) or Path(question).suffix.lower() in AUDIO_SUFFIXES
+    if question == "-" or is_file:
+        raise OptionError(f"the question is missing: the last argument, {question}, is a file; put a question after it")
     return files, question
 
 
@@ -72,14 +77,14 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
     """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too."""
     named = {"model": str(settings.model), "file": files[0] if len(files) == 1 else files or None}
     try:
-        sources = [sys.stdin.buffer.read() if file == "-" else file for file in files]
+        sources = [_read_stdin() if file == "-" else file for file in files]
         result = _stream(model, sources, prompt, settings)
     except AuricleError as error:
         if settings.as_json:
-            print(json.dumps({**named, "error": str(error)}, ensure_ascii=False), flush=True)
+            print(json.dumps({**named, "error": str(error)}), flush=True)
         return complain(error)
     if settings.as_json:
-        print(json.dumps({**named, **result.to_dict()}, ensure_ascii=False), flush=True)
+        print(json.dumps({**named, **result.to_dict()}), flush=True)
     elif sys.stderr.isatty():
         t = result.timings
         print(
@@ -90,12 +95,18 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
     return 0
 
 
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise AudioError("stdin is closed; name a file instead of -")
+    return sys.stdin.buffer.read()
+
+
 def _stream(model: Model, sources: list[Any], prompt: str, settings: AnswerSettings) -> Result:
     """Prints the text while it is made, if wanted; on a terminal a line says what is going on until it starts."""
     from rich.console import Console
 
     console, show = Console(stderr=True), not settings.as_json
-    with console.status("listening …") if console.is_terminal else _Quiet() as status:
+    with console.status("listening …") if sys.stderr.isatty() else _Quiet() as status:
         stream = model.stream(prompt, sources or None, **settings.generation())
         for piece in stream:
             if show:

@@ -1,6 +1,7 @@
 """The program `auricle` that commands register with, and how errors become one line and an exit status.
 
-Exit statuses: 0 done; 1 a defect of ours (with a traceback); 2 wrong usage or an option out of range; 3 the model
+Exit statuses: 0 done; 1 a defect of ours (with a traceback), or a reader that
+left; 2 wrong usage or an option out of range; 3 the model
 file cannot be opened or run; 4 audio cannot be read; 5 the request does not fit the context; 6 conversion failed;
 7 the sides of a diff differ; 130 interrupted. Of several files all are tried, and the status is the first failure's.
 """

@@ -26,7 +26,7 @@ def inspect(
     with open_gguf(model) as file:
         facts = describe_file(file)
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts, allow_nan=False))
         return
     print_table(("key", "value"), [(key, _brief(value)) for key, value in facts["metadata"].items()])
     rows = [(t["name"], format_shape(t["shape"]), t["type"], f"{t['bytes']:,}") for t in facts["tensors"]]

@@ -11,6 +11,8 @@ from .app import app, complain
 
 def run() -> None:
     """Runs a command and turns what went wrong into a status."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except AuricleError as error:

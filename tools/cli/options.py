@@ -125,7 +125,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 def parse_duration(text: str) -> float:
     """Seconds of "90", "90s", "10m", "1h" or "1:30". Raises OptionError."""
     clock = re.fullmatch(r"(\d+):(\d{1,2}(?:\.\d+)?)", text.strip())
-    if clock:
+    if clock and float(clock[2]) < 60:
         return 60 * int(clock[1]) + float(clock[2])
     plain = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|)", text.strip())
     if not plain or float(plain[1]) <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +57,7 @@ def show_progress(units: dict[str, str]) -> Iterator[Callable[[str, int, int], N
     """
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:

@@ -184,7 +184,9 @@ class Comparer:
         noise = noise_of((t, self._formats.get(w)) for w, t in self._seen_types.items())
         if name == GENERATED:
             self.reference_ids = np.asarray(value, np.int32)[: self.walk.request.n_new]
-            self.tokens, self._forced = compare_tokens(self.walk, self.reference_ids, token_limits(noise))
+            self.tokens, self._forced = compare_tokens(
+                self.walk, self.reference_ids, apply_overrides(GENERATED, token_limits(noise), self._overrides)
+            )
             return
         rows = self._forced if self.reference_ids is not None else self.walk.generate(None, len(value))[1]
         result = StageResult(name, "tokens", rows.shape, tuple(value.shape))

@@ -118,6 +118,19 @@ def compare_ops(
     return comparer.results
 
 
+def added_errors(results: Sequence[StageResult]) -> dict[str, float]:
+    """{tensor: squared error over squared reference that it alone adds}, of isolated values made with one matrix.
+
+    Run this side on the `reference` backend: others may compute two tensors' values as one.
+    """
+    added = {}
+    for result in results:
+        matrices = [name for name in result.types if name.endswith(".weight") and not name.endswith("norm.weight")]
+        if len(matrices) == 1 and "nmse" in result.metrics:
+            added[matrices[0]] = result.metrics["nmse"]
+    return added
+
+
 def judge(
     stages: Sequence[StageResult],
     tokens: TokenResult | None,
@@ -141,7 +154,10 @@ def judge(
         verdict.op, verdict.stage = culprit.name, walk.outline.stage_of(culprit.name)
         verdict.ops, verdict.given = culprit.ops, culprit.given
         verdict.evidence.append(_tell(culprit, walk))
-        verdict.evidence += _tell_order(culprit, ops)
+        others = [r.name for r in ops if not r.passed and r is not culprit]
+        if others:
+            more = ", …" if len(others) > 8 else ""
+            verdict.evidence.append(f"wrong from right values, too: {', '.join(others[:8])}{more}")
     if bad and not culprit:
         verdict.stage, verdict.ops, verdict.given = bad.name, bad.ops, bad.given
         verdict.evidence.append(_tell(bad, walk))
@@ -180,12 +196,6 @@ def _tell_rows(result: StageResult, walk: Walk) -> str:
     if in_encoder and len(lengths) > 1 and rows["first"] >= sum(lengths[:-1]):
         where += ", all in the last window"
     return where
-
-
-def _tell_order(culprit: StageResult, ops: Sequence[StageResult]) -> list[str]:
-    """When a value here is made through another one that the reference makes later."""
-    later = [r for r in ops if not r.passed and culprit.name in r.given]
-    return [f"{r.name}, which follows from it, is wrong, too" for r in later[:1]]
 
 
 def _stage_of_tensor(name: str, walk: Walk) -> str | None:

@@ -102,7 +102,7 @@ def failures(metrics: Mapping[str, float], limits: Limits) -> list[str]:
             continue
         wrong = not value >= limit if metric in AT_LEAST else not value <= limit
         if wrong:
-            said.append(f"{metric} {value:.9g} {'<' if metric in AT_LEAST else '>'} {limit:.9g}")
+            said.append(f"{metric} {value:.12g} {'<' if metric in AT_LEAST else '>'} {limit:.12g}")
     return said
 
 
