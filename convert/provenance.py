@@ -16,7 +16,6 @@ from .checkpoint import Checkpoint
 from .source import Source
 from .threads import run_in_order
 
-HUB = "https://huggingface.co/"
 CARD = "README.md"
 UNKNOWN_DIGEST = "0" * 64  # as long as a real one, so that a file's size is known before its source is read
 _CHUNK_BYTES = 4 << 20
@@ -25,14 +24,13 @@ _CARD_BYTES = 1 << 16
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Typed]:
     """The `general.*` keys that name a checkpoint: name, and where known licence, repository and revision."""
-    directory = checkpoint.directory.absolute()
+    directory = checkpoint.directory.resolve()
     repository, revision = _find_origin(directory)
     entries = {"general.name": string(_find_name(checkpoint, repository))}
     if licence := _read_licence(directory / CARD):
         entries["general.license"] = string(licence)
     if repository:
         entries["general.source.repository"] = string(repository)
-        entries["general.source.repo_url"] = string(HUB + repository)
     if revision:
         entries["general.source.revision"] = string(revision)
     return entries

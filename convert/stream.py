@@ -65,6 +65,8 @@ def _check_output(plan: ConversionPlan, out_path: Path) -> None:
     """What the writer would notice only after the checksums, or not at all."""
     if not out_path.parent.is_dir():
         raise ConversionError(f"{out_path.parent} is not a folder: make it first, or write elsewhere")
+    if out_path.exists() and not out_path.is_file():
+        raise ConversionError(f"{out_path} is not a file: write to another path")
     for file in plan.source.files:
         if out_path.exists() and out_path.samefile(file):
             raise ConversionError(f"{out_path} is the source itself: write to another path")

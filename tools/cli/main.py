@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from ...kernels.errors import AuricleError
@@ -11,7 +12,7 @@ from .app import app, complain
 
 def run() -> None:
     """Runs a command and turns what went wrong into a status."""
-    if sys.stdout is not None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows another
         sys.stdout.reconfigure(errors="replace")
     try:
         app()
