@@ -63,7 +63,6 @@ class DiffSettings:
     ] = None
     time_markers: TimeMarkers = None
     threads: Threads = None
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page of the report.", show_default=False)] = None
     as_json: AsJSON = False
 
     @property
@@ -103,8 +102,6 @@ def diff(
         source, read = open_source(settings, opened, request, stack)
         outcome = run_diff(opened, request, source, mode=settings.mode, overrides=overrides, read=read)
         facts = document(outcome, opened, request, source)
-        if settings.html:
-            write_page(facts, settings.html)
         if settings.as_json:
             print(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         else:
@@ -154,11 +151,6 @@ def open_source(
 
     return Checkpoint(settings.checkpoint, walk), read
 
-
-def write_page(facts: dict[str, Any], path: Path) -> None:
-    from ..diff.page import write_page as write
-
-    write(facts, path)
 
 
 def print_outcome(outcome: Outcome, model: Model) -> None:
