@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -150,7 +150,6 @@ def open_source(
     from ..diff.checkpoint import Checkpoint
 
     return Checkpoint(settings.checkpoint, walk), read
-
 
 
 def print_outcome(outcome: Outcome, model: Model) -> None:
