@@ -48,7 +48,7 @@ def collect_importance(
     )
     for n, clip in enumerate(clips):
         heard, prompt = read_request(model, clip, text)
-        run_request(runtime, heard, prompt, max_new_tokens, model.stop_ids())
+        run_request(runtime, heard, prompt, max_new_tokens, model.stop_ids)
         if progress:
             progress(n + 1, len(clips))
     return ImportanceMatrix(merge(by_weight(sums)).sums, tuple(clips))
