@@ -22,7 +22,7 @@ _SPAN_PATTERN = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
 
 DEFAULT_TASK = "describe"
 
-# The authors' own wording (their issue tracker, their demo): other words work, these are what they evaluate with.
+# The wording the authors themselves give: other words work, these are what they evaluate with.
 TASKS: dict[str, str] = {
     "transcribe": "Transcribe the audio.",
     "timestamps": (
