@@ -20,8 +20,6 @@ SECONDS_PER_MARKER = 2
 SPAN = "<|audio_bos|><|AUDIO|><|audio_eos|>"  # stands for a clip in a text; never tokenised
 _SPAN_PATTERN = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
 
-DEFAULT_TASK = "describe"
-
 # The wording the authors themselves give: other words work, these are what they evaluate with.
 TASKS: dict[str, str] = {
     "transcribe": "Transcribe the audio.",

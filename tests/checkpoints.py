@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file, save_file
 
+from auricle.convert.hf import convert, plan_conversion
 from auricle.tools import sample
 from auricle.tools.sample import SampleShape, tensor_shapes, write_checkpoint
 
@@ -107,3 +108,10 @@ def sparse_checkpoint(folder: Path, shape: SampleShape) -> Path:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     return folder
+
+
+def build_f32(folder: Path, shape: SampleShape, seed: int) -> tuple[Path, Path]:
+    """A random checkpoint in `folder`, and the F32 file made of it."""
+    write_checkpoint(folder / "checkpoint", shape, seed=seed)
+    convert(plan_conversion(folder / "checkpoint", "f32"), folder / "f32.gguf")
+    return folder / "checkpoint", folder / "f32.gguf"

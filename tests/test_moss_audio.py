@@ -5,16 +5,19 @@ Nothing here needs the shared material: the checkpoints, prompts and sounds are 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
-from auricle.convert.hf import convert, plan_conversion
 from auricle.engine import AuricleError, load
-from auricle.engine.gguf import Typed, open_gguf, string, u32
+from auricle.engine.gguf import Typed, i32, open_gguf, string, u32
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.models.config import ModelError
-from auricle.tools.sample import SampleShape, write_checkpoint
+from auricle.kernels.formats import F16
+from auricle.tools.sample import SampleShape
 from auricle.tools.stages import drop_padding, trace_stages, window_lengths
+from checkpoints import build_f32
 from sounds import synthetic
 
 oracle = pytest.importorskip("auricle.tools.oracle.model", reason="needs transformers (the test extra)")
@@ -39,17 +42,7 @@ CLIPS = {  # seconds of each clip of a request
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory):
     """Gives the checkpoint folder and the F32 file of a shape, made once."""
-    done: dict[str, tuple] = {}
-
-    def build(name: str) -> tuple:
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            write_checkpoint(folder / "checkpoint", SHAPES[name], seed=len(done))
-            convert(plan_conversion(folder / "checkpoint", "f32"), folder / "f32.gguf")
-            done[name] = folder / "checkpoint", folder / "f32.gguf"
-        return done[name]
-
-    return build
+    return cache(lambda name: build_f32(tmp_path_factory.mktemp(name), SHAPES[name], seed=list(SHAPES).index(name)))
 
 
 @pytest.mark.parametrize("clips", CLIPS)
@@ -136,8 +129,24 @@ def without(name: str):
     return lambda metadata, tensors: tensors.pop(name)
 
 
-def setting(key: str, value: int):
-    return lambda metadata, tensors: metadata.update({key: u32(value)})
+def setting(key: str, value: int | Typed):
+    return lambda metadata, tensors: metadata.update({key: value if isinstance(value, Typed) else u32(value)})
+
+
+def halved(name: str):
+    def change(metadata: dict, tensors: dict) -> None:
+        shape, _, data = tensors[name]
+        tensors[name] = (shape, F16, data.view("<f4").astype("<f2").view(np.uint8))
+
+    return change
+
+
+def widened(name: str):
+    def change(metadata: dict, tensors: dict) -> None:
+        (n,), fmt, data = tensors[name]
+        tensors[name] = ((2 * n,), fmt, np.tile(data, 2))
+
+    return change
 
 
 def reshaped(metadata: dict, tensors: dict) -> None:
@@ -156,6 +165,9 @@ def reshaped(metadata: dict, tensors: dict) -> None:
         (setting("moss_audio.llm.vocab_size", 600), "tensor llm.embed.weight is"),
         (setting("moss_audio.llm.num_kv_heads", 3), "is not 3 KV heads times n"),
         (setting("moss_audio.enc.d_model", 0), "moss_audio.enc.d_model is 0; it must be positive"),
+        (setting("moss_audio.deepstack.num_inject_layers", i32(-1)), "num_inject_layers is -1"),
+        (halved("audio.mel_filters"), "audio.mel_filters is F16; it must be F32"),
+        (widened("audio.mel_window"), r"audio.mel_window is \[800\]; the keys ask for \[400\]"),
         (lambda m, t: m.pop("moss_audio.llm.head_dim"), "moss_audio.llm.head_dim' is missing"),
         (lambda m, t: m.update({"general.architecture": string("whisper")}), "architecture is 'whisper'"),
     ],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
-from auricle.convert.hf import convert, plan_conversion
 from auricle.convert.importance import merge
 from auricle.engine import Model, load
 from auricle.engine.backends import BACKENDS, find_backend
@@ -18,9 +18,9 @@ from auricle.engine.rewrite import SUMS, observe, observed_weights
 from auricle.engine.runtime import Runtime
 from auricle.kernels.formats import F32, Q8_0
 from auricle.tools.imatrix import by_weight, run_request
-from auricle.tools.sample import SampleShape, write_checkpoint
+from auricle.tools.sample import SampleShape
 from auricle.tools.stages import window_lengths
-from checkpoints import gguf_name
+from checkpoints import build_f32, gguf_name
 from op_cases import make_weight
 from sounds import synthetic
 
@@ -130,17 +130,7 @@ def test_nothing_is_observed_where_a_stage_is_fed() -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """Gives the checkpoint folder and the F32 file of a shape, made once."""
-    done: dict[str, tuple] = {}
-
-    def build(name: str) -> tuple:
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            write_checkpoint(folder / "checkpoint", SHAPES[name], seed=len(done))
-            convert(plan_conversion(folder / "checkpoint", "f32"), folder / "f32.gguf")
-            done[name] = folder / "checkpoint", folder / "f32.gguf"
-        return done[name]
-
-    return build
+    return cache(lambda name: build_f32(tmp_path_factory.mktemp(name), SHAPES[name], seed=list(SHAPES).index(name)))
 
 
 def observing_runtime(model: Model, states: dict[str, torch.Tensor] | None) -> Runtime:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...kernels.formats import F32
 from ..graph import Graph, Value
 from .config import ModelError, read_config
 from .qwen3 import DecoderConfig, Head, Inject, build_decoder
@@ -94,7 +95,7 @@ def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
         encoder=read_config(EncoderConfig, file, "moss_audio.enc"),
         decoder=read_config(DecoderConfig, file, "moss_audio.llm"),
         taps=tuple(file.require(f"moss_audio.deepstack.tap.{k}", int) for k in range(n_taps)),
-        n_inject=max(0, min(n_taps, file.require("moss_audio.deepstack.num_inject_layers", int))),
+        n_inject=min(n_taps, file.require("moss_audio.deepstack.num_inject_layers", int)),
         adapter_hidden=file.require("moss_audio.adapter.hidden_size", int),
         tied="llm.lm_head.weight" not in file.tensors,
     )
@@ -120,6 +121,7 @@ def check_config(c: MossAudioConfig, path: str, n_tensors: int) -> None:
         (d.head_dim % 2 == 0, f"llm.head_dim is {d.head_dim}; rotary positions need an even size"),
         (not outside, f"deepstack taps {outside} lie outside the {e.encoder_layers} encoder layers"),
         (len(set(c.taps)) == len(c.taps), f"deepstack taps {list(c.taps)} repeat a layer"),
+        (c.n_inject >= 0, f"deepstack.num_inject_layers is {c.n_inject}; it must not be negative"),
         (c.n_inject <= d.num_layers, f"deepstack injects into {c.n_inject} layers of a decoder of {d.num_layers}"),
     ]
     for holds, complaint in rules:
@@ -131,14 +133,18 @@ def check_tensors(c: MossAudioConfig, file: GGUFFile) -> None:
     """Every weight the graphs ask for must be in the file with that shape; the front end's tables may be."""
     encoder = encoder_graph(c, 1, c.encoder.window_frames, c.encoder.window_frames // 8)
     decoder = decoder_graph(c, 1, 1, head="all", with_audio=True)
-    for leaf in encoder.leaves_of("weight") + decoder.leaves_of("weight"):
-        info = file.tensors.get(leaf.name)
+    wanted = {leaf.name: leaf.shape for leaf in encoder.leaves_of("weight") + decoder.leaves_of("weight")}
+    tables = {"audio.mel_filters": (201, c.encoder.num_mel_bins), "audio.mel_window": (400,)}
+    for name, shape in (wanted | tables).items():
+        info = file.tensors.get(name)
         if info is None:
-            raise ModelError(f"{file.path}: tensor {leaf.name} is missing; convert the checkpoint again")
-        if info.shape != leaf.shape:
-            raise ModelError(
-                f"{file.path}: tensor {leaf.name} is {list(info.shape)}; the keys ask for {list(leaf.shape)}"
-            )
+            if name in wanted:
+                raise ModelError(f"{file.path}: tensor {name} is missing; convert the checkpoint again")
+            continue
+        if info.shape != shape:
+            raise ModelError(f"{file.path}: tensor {name} is {list(info.shape)}; the keys ask for {list(shape)}")
+        if name in tables and info.format is not F32:
+            raise ModelError(f"{file.path}: tensor {name} is {info.format}; it must be F32")
 
 
 def token_count(n_frames: int) -> int:
