@@ -92,7 +92,9 @@ DOWN, VALUE, OUTPUT = "llm.blk.*.ffn.down.weight", "llm.blk.*.attn.v.weight", "l
 
 KEPT = (Rule("*", F32, "vector"), Rule("audio.*", F32))
 CONVOLUTIONS = (Rule("enc.conv*.weight", F16),)
-# Siblings of these models lose whole answers when the way from the sound to the decoder has less than 8 bits.
+# Siblings of these models lose whole answers when the way from the sound to the decoder has less than 8 bits. Types
+# made to measure (`budget.py`) heed it, too: a report on a few recordings may not show it.
+ENCODER_FLOOR = Q8_0
 EARS_8 = (*CONVOLUTIONS, Rule("enc.*", Q8_0), Rule("adapter.*", Q8_0), Rule("deepstack.*", Q8_0))
 EARS_16 = (Rule("enc.*", F16), Rule("adapter.*", F16), Rule("deepstack.*", F16))
 HEAD_6 = (Rule(HEAD, Q6_K), Rule(EMBEDDING, Q6_K, "tied"))
@@ -133,9 +135,14 @@ def parse_override(text: str) -> Rule:
         raise ConversionError(
             f"{text!r} says no type for a tensor: write PATTERN=TYPE, as in 'llm.blk.*.attn.v.*=q6_k'"
         )
+    return Rule(pattern, find_type(name, f" (in {text!r})"))
+
+
+def find_type(name: str, where: str = "") -> Format:
+    """The type of that name in any case; ConversionError lists those there are."""
     if name.upper() not in BY_NAME:
-        raise ConversionError(f"there is no type {name!r} (in {text!r}): choose one of {', '.join(BY_NAME).lower()}")
-    return Rule(pattern, BY_NAME[name.upper()])
+        raise ConversionError(f"there is no type {name!r}{where}: choose one of {', '.join(BY_NAME).lower()}")
+    return BY_NAME[name.upper()]
 
 
 def choose_formats(
@@ -155,11 +162,17 @@ def choose_formats(
 
 def _choose(rules: Sequence[Rule], name: str, subject: Subject) -> Choice:
     wanted = next(r.format for r in rules if fnmatchcase(name, r.pattern) and CONDITIONS[r.where](subject))
-    n_cols, chosen = subject.shape[-1], wanted
-    while n_cols % chosen.length:
-        chosen = FALLBACKS.get(chosen, LAST_FALLBACK)
+    n_cols = subject.shape[-1]
+    chosen = fit_rows(wanted, n_cols)
     note = "" if chosen is wanted else f"rows of {n_cols} do not fill blocks of {wanted.length} ({wanted})"
     return Choice(chosen, note)
+
+
+def fit_rows(wanted: Format, n_cols: int) -> Format:
+    """The type that rows of `n_cols` get when `wanted` is asked for: the first whose blocks they fill."""
+    while n_cols % wanted.length:
+        wanted = FALLBACKS.get(wanted, LAST_FALLBACK)
+    return wanted
 
 
 def _describe(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Subject]:

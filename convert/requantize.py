@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.gguf import open_gguf
+from ..engine.gguf import GGUFFile, Typed, align, open_gguf
+from .budget import BUDGET_KEYS, Budget, free_names
 from .plan import ConversionPlan, PlanRow, Wanted, describe_types, make_plan
-from .recipes import DEFAULT, Rule, find_recipe
+from .recipes import DEFAULT, Recipe, Rule, find_recipe
 from .source import ConversionError, source_of_gguf
 
 
@@ -23,20 +24,31 @@ def plan_requantization(
     importance: Mapping[str, np.ndarray] | None = None,
     *,
     allow_requantize: bool = False,
+    budget: Budget | None = None,
 ) -> ConversionPlan:
     """Plan the file that `in_path` becomes with the recipe `type_name`; tensors that keep their type are copied.
 
-    The metadata is copied with its types, but for `general.file_type`. Raises ConversionError for quantised weights
-    that would be quantised again (unless allowed), importances of another width and overrides that match nothing;
-    GGUFError as `open_gguf` does.
+    With `budget` the recipe is made to measure instead; the tensors that `overrides` name are left to them. The
+    metadata is copied with its types, but for `general.file_type` and what a budget adds. Raises ConversionError for
+    quantised weights that would be quantised again (unless allowed), importances of another width, overrides that match
+    nothing, and a budget that cannot be met or was measured on another model; GGUFError as `open_gguf` does.
     """
-    recipe = find_recipe(type_name)
     with open_gguf(in_path) as file:
         source = source_of_gguf(file)
-        metadata = file.types | describe_types(recipe)
-        alignment = file.alignment
+        metadata = {key: value for key, value in file.types.items() if not key.startswith(BUDGET_KEYS)}
+        alignment, notes = file.alignment, ()
+        if budget is None:
+            recipe = find_recipe(type_name)
+        else:
+            budget.check(file)
+            metadata |= budget.describe()
+            recipe, note = _spend(budget, file, metadata, overrides)
+            notes = (note,)
+    metadata |= describe_types(recipe)
     wanted = [Wanted(name, tensor.shape, name) for name, tensor in source.tensors.items()]
-    plan = make_plan(source, wanted, recipe, metadata, overrides=overrides, importance=importance, alignment=alignment)
+    choices = {"overrides": overrides, "importance": importance}
+    plan = make_plan(source, wanted, recipe, metadata, **choices, alignment=alignment, notes=notes)
+    assert budget is None or plan.total_bytes <= budget.target_bytes, f"{plan.total_bytes=} {budget.target_bytes=}"
     twice = [row for row in plan if _loses_twice(row)]
     if twice and not allow_requantize:
         raise ConversionError(
@@ -45,6 +57,24 @@ def plan_requantization(
             "or say --allow-requantize"
         )
     return plan
+
+
+def _spend(budget: Budget, file: GGUFFile, metadata: dict[str, Typed], overrides: Sequence[Rule]) -> tuple[Recipe, str]:
+    """The recipe of a budget. What the file takes besides its free tensors is known from a plan in any types."""
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    free = set(free_names(shapes, overrides))
+    trial = find_recipe(DEFAULT)
+    wanted = [Wanted(name, shape, name) for name, shape in shapes.items()]
+    plan = make_plan(
+        source_of_gguf(file),
+        wanted,
+        trial,
+        metadata | describe_types(trial),
+        overrides=overrides,
+        alignment=file.alignment,
+    )
+    spent = sum(align(row.nbytes, file.alignment) for row in plan if row.target in free)
+    return budget.make_recipe(shapes, overrides, plan.total_bytes - spent, file.alignment)
 
 
 def _loses_twice(row: PlanRow) -> bool:

@@ -1,7 +1,7 @@
-"""Every named value of a request, and how near two of them are.
+"""Every named value of a request, whole: for tests and benchmarks.
 
-Runs a model with any of its stages captured, reads stages that others stored, and compares row by row.
-Does not know where the other side comes from.
+Runs a model with any of its stages captured, and reads stages that others stored. How near two of them are is the
+matter of `diff/metrics.py`. Does not know where the other side comes from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..engine import Model
 from ..engine.models.moss_audio import EncoderConfig, clip_windows, token_count
 from ..engine.prompts import Prompt
 from ..engine.session import Heard
+from .diff.metrics import mean_divergence, row_cosines
 
 
 def read_stages(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -50,18 +51,4 @@ def drop_padding(stage: np.ndarray, lengths: Collection[int]) -> np.ndarray:
     return np.concatenate([window[:n] for window, n in zip(stage, lengths, strict=True)])
 
 
-def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of rows: [n, d], [n, d] -> float64 [n]."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-
-
-def mean_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference), in nats: [n, n_vocab] each."""
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64) - x.max(-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-    p, q = log_softmax(reference), log_softmax(logits)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+__all__ = ["drop_padding", "mean_divergence", "read_stages", "row_cosines", "trace_stages", "window_lengths"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +12,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ...convert.recipes import DEFAULT, RECIPES
+from ...convert.recipes import DEFAULT, ENCODER_FLOOR, RECIPES
+from ...engine.sampling import OptionError
 from .app import app
 from .options import format_bytes, with_settings
 from .tables import format_shape, print_sizes, print_table, show_progress
 
 if TYPE_CHECKING:
+    from ...convert.budget import Budget
     from ...convert.plan import ConversionPlan
 
 
@@ -23,7 +27,12 @@ if TYPE_CHECKING:
 class ConversionSettings:
     """Which types, how, and whether at all."""
 
-    type_name: Annotated[str, typer.Option("--type", help=f"Recipe of types: {', '.join(RECIPES)}.")] = DEFAULT
+    type_name: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help=f"Recipe of types: {', '.join(RECIPES)}.  [default: {DEFAULT}]", show_default=False
+        ),
+    ] = None
     tensor_types: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,7 +62,7 @@ class ConversionSettings:
 
             importance = read_importance(self.imatrix)
         overrides = [parse_override(text) for text in self.tensor_types or ()]
-        return {"type_name": self.type_name, "overrides": overrides, "importance": importance}
+        return {"type_name": self.type_name or DEFAULT, "overrides": overrides, "importance": importance}
 
 
 @app.command()
@@ -81,16 +90,71 @@ def quantize(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantise weights again that have been already: they lose twice.")
     ] = False,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            help="The most the file may take, as in 2.6GiB or 800MB; types are chosen by --sensitivity.",
+            show_default=False,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", help="A report of `auricle diff --sensitivity`.", show_default=False),
+    ] = None,
+    encoder_floor: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder-floor",
+            help=f"Least type of encoder and adapters with --target-size.  [default: {ENCODER_FLOOR.name.lower()}]",
+            show_default=False,
+        ),
+    ] = None,
     *,
     settings: ConversionSettings,
 ) -> None:
     """Make a GGUF file of other types from a GGUF file.
 
-    The file appears when it is complete, or not at all; until then the work is in OUT.part.
+    The types are those of a recipe (--type), or with --target-size and --sensitivity made to measure: as many bits for
+    each tensor as it is worth in a file of that size. The file appears when it is complete, or not at all; until then
+    the work is in OUT.part.
     """
     from ...convert.requantize import plan_requantization
 
-    _carry_out(plan_requantization(model, **settings.choices(), allow_requantize=allow_requantize), out, settings)
+    budget = _find_budget(target_size, sensitivity, encoder_floor, settings)
+    options = settings.choices() | {"allow_requantize": allow_requantize, "budget": budget}
+    _carry_out(plan_requantization(model, **options), out, settings)
+
+
+def _find_budget(
+    target_size: str | None, sensitivity: Path | None, floor: str | None, settings: ConversionSettings
+) -> Budget | None:
+    """Raises OptionError for options that do not go together, ConversionError for a report that is none."""
+    if target_size is None and sensitivity is None and floor is None:
+        return None
+    if target_size is None or sensitivity is None:
+        raise OptionError("--target-size and --sensitivity go together; auricle diff --sensitivity makes a report")
+    if settings.type_name is not None:
+        raise OptionError(f"--type {settings.type_name} and --target-size both choose the types; give one of them")
+    from ...convert.budget import Budget, read_report
+    from ...convert.recipes import find_type
+
+    return Budget(parse_size(target_size), read_report(sensitivity), find_type(floor) if floor else ENCODER_FLOOR)
+
+
+SIZE_UNITS = {"": 1, "b": 1, "bytes": 1} | {
+    f"{prefix}{end}": base**power
+    for power, prefix in enumerate(("k", "m", "g"), 1)
+    for end, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2.6GiB", "800 MB", "123456" or "123456 bytes", rounded down. Raises OptionError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower().replace("_", ""))
+    if not found or found[2] not in SIZE_UNITS or Decimal(found[1]) <= 0:
+        raise OptionError(f"{text!r} is no size; write 2.6GiB, 800MB or a number of bytes")
+    return int(Decimal(found[1]) * SIZE_UNITS[found[2]])
 
 
 def _carry_out(plan: ConversionPlan, out: Path, settings: ConversionSettings) -> None:

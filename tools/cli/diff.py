@@ -6,11 +6,12 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
@@ -56,6 +57,17 @@ class DiffSettings:
     kv_type: KVType = "f32"
     isolate: Annotated[bool, typer.Option("--isolate", help="Give each stage the reference's input.")] = False
     bisect: Annotated[bool, typer.Option("--bisect", help="Find the first wrong stage, op and tensor.")] = False
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            help="With --against: write what quantising each tensor costs, for quantize --target-size.",
+            show_default=False,
+        ),
+    ] = None
+    probe: Annotated[
+        str, typer.Option("--probe", help="Measure that for each tensor, or by layer: a quarter of the runs.")
+    ] = "tensor"
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the answer to compare.")] = 16
     threshold: Annotated[
         list[str] | None,
@@ -63,6 +75,9 @@ class DiffSettings:
     ] = None
     time_markers: TimeMarkers = None
     threads: Threads = None
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with charts of all results, too.", show_default=False)
+    ] = None
     as_json: AsJSON = False
 
     @property
@@ -85,11 +100,15 @@ def diff(
     """
     from ...engine.session import set_threads
     from ..diff.locate import run_diff
+    from ..diff.page import check_target, render, write_page
     from ..diff.report import document
     from ..diff.request import make_request, open_model
     from ..diff.thresholds import parse_overrides
 
     check_settings(settings)
+    for target in (settings.html, settings.sensitivity):
+        if target is not None:
+            check_target(target, [model, *map(Path, audio), settings.reference, settings.against])
     overrides = parse_overrides(settings.threshold or ())
     if settings.threads is not None:
         set_threads(settings.threads)
@@ -102,10 +121,16 @@ def diff(
         source, read = open_source(settings, opened, request, stack)
         outcome = run_diff(opened, request, source, mode=settings.mode, overrides=overrides, read=read)
         facts = document(outcome, opened, request, source)
+        if settings.html is not None:
+            write_page(settings.html, render(facts))
+        if settings.sensitivity:
+            facts["sensitivity"] = write_sensitivity(settings, opened, request)
         if settings.as_json:
             print(json.dumps(facts, ensure_ascii=False, allow_nan=False))
         else:
             print_outcome(outcome, opened)
+            if settings.sensitivity:
+                print_sensitivity(facts["sensitivity"])
     raise typer.Exit(0 if outcome.verdict.passed else DIFFERS)
 
 
@@ -114,6 +139,10 @@ def check_settings(settings: DiffSettings) -> None:
     given = [settings.reference, settings.against, settings.official or settings.checkpoint]
     if sum(x is not None for x in given) != 1:
         raise OptionError("give one of --reference, --against, --checkpoint, or --official with --checkpoint")
+    if settings.sensitivity and not settings.against:
+        raise OptionError("--sensitivity needs the exact file to compare with: --against F16.gguf")
+    if settings.probe not in ("tensor", "layer"):
+        raise OptionError(f"--probe is {settings.probe!r}; it is tensor or layer")
     if settings.official and not settings.checkpoint:
         raise OptionError("--official needs the folder of the weights, too: --checkpoint DIR")
 
@@ -150,6 +179,38 @@ def open_source(
     from ..diff.checkpoint import Checkpoint
 
     return Checkpoint(settings.checkpoint, walk), read
+
+
+def write_sensitivity(settings: DiffSettings, model: Model, request: Request) -> dict[str, Any]:
+    """What each tensor of `model` costs beside those of --against; also in a file of its own."""
+    from ..diff.request import open_model
+    from ..diff.sensitivity import measure, write_report
+
+    console, tasks = Console(stderr=True), {}
+    columns = ("{task.description}", MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        open_model(settings.against, request, backend=settings.against_backend) as reference,
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
+    ):
+
+        def report_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        report = measure(model, reference, request, probe=settings.probe, progress=report_progress)
+    write_report(settings.sensitivity, report)
+    return report
+
+
+def print_sensitivity(report: dict[str, Any]) -> None:
+    """The tensors that cost most."""
+    from ..diff.sensitivity import sensitivity_table
+
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=250)
+    console.print("\nwhat each tensor costs the logits, alone (nats):")
+    console.print(sensitivity_table(report))
 
 
 def print_outcome(outcome: Outcome, model: Model) -> None:

@@ -44,7 +44,8 @@ class StageResult:
 @dataclass
 class TokenResult:
     """Both sides' greedy answers, and this side's choices along the reference's answer. `margin`: by how much this
-    side's logit of its own token exceeds that of the reference's where the answers first part."""
+    side's logit of its own token exceeds that of the reference's where the answers first part; `margins`: the same
+    at every token of the reference's answer. `p_reference`: this side's probability of each of them."""
 
     reference: list[int]
     own: list[int]
@@ -54,6 +55,7 @@ class TokenResult:
     limits: Limits
     failures: list[str]
     p_reference: list[float]
+    margins: list[float]
 
     @property
     def passed(self) -> bool:
@@ -201,11 +203,12 @@ def compare_tokens(walk: Walk, reference: np.ndarray, limits: Limits) -> tuple[T
     n = len(reference)
     forced, logits = walk.generate(reference, n)
     own, _ = walk.generate(None, n)
+    margins = logits.max(-1) - logits[np.arange(n), reference]
     parted = np.flatnonzero(own != reference)
     first, margin = None, 0.0
     if len(parted):
         first = int(parted[0])
-        margin = float(logits[first].max() - logits[first, reference[first]])
+        margin = float(margins[first])
     x = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     p = np.exp(x[np.arange(n), reference]) / np.exp(x).sum(-1)
     wrong = failures({"margin": margin}, limits)
@@ -214,7 +217,7 @@ def compare_tokens(walk: Walk, reference: np.ndarray, limits: Limits) -> tuple[T
     if not np.isfinite(logits).all():
         wrong = ["logits along the reference's answer are not finite"]
     result = TokenResult(
-        reference.tolist(), own.tolist(), forced.tolist(), first, margin, limits, wrong, [float(v) for v in p]
+        reference.tolist(), own.tolist(), forced.tolist(), first, margin, limits, wrong, p.tolist(), margins.tolist()
     )
     return result, logits
 

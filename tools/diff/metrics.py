@@ -41,7 +41,7 @@ class Comparison:
             return
         a, b = got.astype(np.float64), want.astype(np.float64)
         error = np.square(a - b)
-        squares = np.stack([(a * b).sum(-1), np.square(a).sum(-1), np.square(b).sum(-1)], axis=1)
+        squares = _products(a, b)
         self._rows.append(squares)
         self._errors.append(error.sum(-1))
         self._columns = error.sum(0) + (0.0 if self._columns is None else self._columns)
@@ -59,7 +59,7 @@ class Comparison:
         if self.bad is not None or not self._errors:
             return {}
         rows, errors = np.concatenate(self._rows), np.concatenate(self._errors)
-        cosines = row_cosines(rows)
+        cosines, relative = product_cosines(rows), np.sqrt(divide(errors, rows[:, 2]))
         column = np.sqrt(self._columns)
         total = float(rows[:, 2].sum())
         metrics = {
@@ -67,7 +67,8 @@ class Comparison:
             "cos_p1": float(np.percentile(cosines, 1)),
             "cos_mean": float(cosines.mean()),
             "nmse": float(divide(errors.sum(), total)),
-            "error_max": float(np.sqrt(divide(errors, rows[:, 2])).max()),
+            "error_max": float(relative.max()),
+            "error_p99": _percentile(relative, 99),
             "max_abs": self._max_abs,
             "max_relative": self._max_relative,
             "norm_ratio": float(np.sqrt(divide(rows[:, 1].sum(), total))) if total else 1.0 + float(rows[:, 1].sum()),
@@ -92,7 +93,7 @@ class Comparison:
         if self.bad is not None or not self._errors:
             return {}
         rows, errors = np.concatenate(self._rows), np.concatenate(self._errors)
-        cosines, relative = row_cosines(rows), np.sqrt(divide(errors, rows[:, 2]))
+        cosines, relative = product_cosines(rows), np.sqrt(divide(errors, rows[:, 2]))
         n_bins = min(N_BINS, len(errors))
         starts = np.linspace(0, len(errors), n_bins, endpoint=False).astype(int)
         worst = np.argsort(-relative, kind="stable")[:N_WORST]
@@ -122,11 +123,31 @@ def divide(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
     return np.where(b == 0, np.where(a == 0, 0.0, np.inf), a / safe)
 
 
-def row_cosines(rows: np.ndarray) -> np.ndarray:
+def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of rows: [n, d], [n, d] -> float64 [n]; for zero rows as `product_cosines`."""
+    return product_cosines(_products(a.astype(np.float64), b.astype(np.float64)))
+
+
+def mean_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference), in nats: [n, n_vocab] each."""
+    return float(_divergences(log_softmax(reference.astype(np.float64)), log_softmax(logits.astype(np.float64))).mean())
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each pair of rows the product and both squares: [n, d], [n, d] -> [n, 3]."""
+    return np.stack([(a * b).sum(-1), np.square(a).sum(-1), np.square(b).sum(-1)], axis=1)
+
+
+def product_cosines(rows: np.ndarray) -> np.ndarray:
     """From products and squares [n, 3] to cosines [n]; 1 where both rows are zero, 0 where one is."""
     product, own, other = rows.T
     both_zero = (own == 0) & (other == 0)
     return np.where(both_zero, 1.0, np.clip(divide(product, np.sqrt(own) * np.sqrt(other)), -1.0, 1.0))
+
+
+def _percentile(values: np.ndarray, q: float) -> float:
+    """Of the values at hand the nearest above: between infinite ones nothing can be interpolated."""
+    return float(np.percentile(values, q, method="higher"))
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -139,6 +160,11 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+def _divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Of each row of log-probabilities q from p, in nats; rounding makes none negative."""
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+
+
 def _compare_choices(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Logits [n, n_vocab], float64 -> [n, 5]: divergence of softmax(a) from softmax(b), whether the likeliest token is
     the same, the share of the five likeliest that is, and both sides' probability of the reference's likeliest."""
@@ -148,6 +174,5 @@ def _compare_choices(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     n = min(TOP, a.shape[-1])
     own, other = (np.argpartition(-x, n - 1, axis=-1)[:, :n] for x in (a, b))
     shared = (own[:, :, None] == other[:, None, :]).any(-1).mean(-1)
-    divergence = np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
-    columns = (divergence, a.argmax(-1) == choice, shared, np.exp(q[rows, choice]), np.exp(p[rows, choice]))
+    columns = (_divergences(p, q), a.argmax(-1) == choice, shared, np.exp(q[rows, choice]), np.exp(p[rows, choice]))
     return np.stack(columns, axis=1).astype(np.float64)

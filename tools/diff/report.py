@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...engine import Model
-from ...engine.models.moss_audio import part_of
+from ...engine.models.moss_audio import clip_windows, part_of, token_count
 from ...engine.tokenizer import Tokenizer
 from .audit import TensorResult
 from .compare import StageResult, TokenResult
@@ -26,6 +26,7 @@ from .walk import Walk
 
 FORMAT, VERSION = "auricle.diff", 1
 COLUMNS = ("stage", "", "cos min", "limit", "error", "limit", "worst row", "max abs", "norm", "remarks")
+FRAMES_PER_SECOND = 100  # of the mel
 N_TENSORS = 12  # in a terminal
 
 
@@ -50,12 +51,16 @@ def document(outcome: Outcome, model: Model, request: Request, source: Source) -
 
 
 def describe(outcome: Outcome, model: Model, request: Request, source: Source) -> dict[str, Any]:
-    """What was compared with what."""
+    """What was compared with what. `windows`: audio tokens of each, each token `token_seconds` long; `text_tokens`:
+    positions and pieces of the prompt's other tokens."""
     walk = Walk(model, request)
     types: dict[str, Counter[str]] = {}
     for name, tensor in model.file.tensors.items():
         types.setdefault(part_of(name), Counter())[tensor.format.name] += 1
     c = model.config
+    frames = c.encoder.window_frames
+    slots = walk.prompt.audio_rows >= 0
+    texts = [(i, model.tokenizer.decode([walk.prompt.ids[i]], skip_special=False)) for i in np.flatnonzero(~slots)]
     return {
         "mode": outcome.mode,
         "model": {
@@ -73,8 +78,11 @@ def describe(outcome: Outcome, model: Model, request: Request, source: Source) -
         "prompt": request.prompt,
         "clips": [len(clip) / 16_000 for clip in request.clips],
         "windows": walk.lengths,
+        "window_clips": [k for k, n in enumerate(walk.clip_frames) for _ in clip_windows(c.encoder, n)],
+        "token_seconds": frames / token_count(frames) / FRAMES_PER_SECOND,
         "n_tokens": len(walk.prompt.ids),
-        "audio_spans": spans(walk.prompt.audio_rows >= 0),
+        "audio_spans": spans(slots),
+        "text_tokens": texts,
         "missing": outcome.missing,
     }
 
@@ -108,6 +116,7 @@ def _tokens(result: TokenResult | None, tokenizer: Tokenizer) -> dict[str, Any] 
         "margin": result.margin,
         "forced_agreement": agreed / max(1, len(result.reference)),
         "p_reference": result.p_reference,
+        "margins": result.margins,
         "limits": result.limits,
         "failures": result.failures,
     }
