@@ -103,14 +103,22 @@ def audio_bytes(config: MossAudioConfig, request: Request) -> int:
     return spectrogram + 4 * config.n_rows * n_audio * config.decoder.hidden_size
 
 
-def process_bytes() -> int:
-    """The most memory this process has had so far, after the arithmetic libraries have loaded what they load late."""
+def process_bytes(file: GGUFFile, backend: Backend, kv_format: Format) -> int:
+    """The most memory this process has had so far, after the arithmetic libraries have loaded what they load late, and
+    the compiled kernels that the file needs. Kernels that were never compiled are compiled now: that takes memory, too,
+    as it would in the first request."""
     import torch
     import torch.nn.functional as F
 
     x = torch.ones(1, 16, 64, 64)
     torch.softmax(F.conv2d(x, torch.ones(16, 16, 3, 3), stride=2, padding=1), -1)
     torch.mm(torch.ones(256, 512), torch.ones(512, 512))
+    if backend.rounds:
+        from .backends.cpu_warm import warm
+
+        formats = sorted({t.format for t in file.tensors.values() if len(t.shape) == 2}, key=lambda f: f.name)
+        for _ in warm(formats, kv_format):
+            pass
     return peak_bytes()
 
 

@@ -245,3 +245,9 @@ def add_rms_norm(g: Graph, a: Value, b: Value, weight: Value, *, eps: float) -> 
     """(a + b, rms_norm(a + b)): the seam between two halves of a block."""
     total = g.add(a, b)
     return total, g.rms_norm(total, weight, eps=eps)
+
+
+@_fused
+def norm_rope(g: Graph, x: Value, weight: Value, positions: Value, *, eps: float, theta: float) -> Value:
+    """RMSNorm of each head, then rotary positions: queries and keys on their way to attention."""
+    return g.rope(g.rms_norm(x, weight, eps=eps), positions, theta=theta)

@@ -96,6 +96,26 @@ def fuse_add_norms(graph: Graph, capture: Collection[str] = ()) -> Graph:
     return replay(graph, visit)
 
 
+def fuse_norm_ropes(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """rope(rms_norm(x)) -> norm_rope(x)."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    norm_of: dict[Node, Node] = {}
+    for node in graph.nodes:
+        norm = made_by.get(node.inputs[0]) if node.op == "rope" else None
+        if norm and norm.op == "rms_norm" and private(norm.outputs[0]):
+            norm_of[node] = norm
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        norm = norm_of.get(node)
+        if norm is None:
+            return None
+        operands = (norm.inputs[0], norm.inputs[1], node.inputs[1])
+        return (new.norm_rope(*map(current, operands), **norm.attrs, **node.attrs),)
+
+    absorbed = set(norm_of.values())
+    return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
+
+
 def observe(graph: Graph, capture: Collection[str] = ()) -> Graph:
     """linear(x, w) -> the same, and before it sum_squares(state, x), which is required.
 

@@ -106,7 +106,7 @@ class Runtime:
         self.config, self.backend, self.n_ctx, self.poison = config, backend, n_ctx, poison
         self._weights = partial(load_weight, file)
         d = config.decoder
-        self._caches = {
+        self.caches = {
             f"kv.{n}.{part}": CacheTensor((n_ctx, d.num_kv_heads, d.head_dim), kv_format)
             for n in range(d.num_layers)
             for part in "kv"
@@ -223,7 +223,7 @@ class Runtime:
             return self._programs[full_key]
         observed = self._observers is not None
         draft = draft_program(self.config, self.backend, self.n_ctx, key, capture, feed or (), observed=observed)
-        states = self._caches | self._sums_of(draft)
+        states = self.caches | self._sums_of(draft)
         if feed is not None:
             return Program(draft, self._weights, states, poison=self.poison)
         if self._arena.numel() < draft.plan.arena_bytes:
@@ -237,7 +237,7 @@ class Runtime:
 
     def _sums_of(self, draft: Draft) -> dict[str, torch.Tensor]:
         """The observers' states in a program; those it is the first to need begin at zero."""
-        leaves = [leaf for leaf in draft.graph.leaves_of("state") if leaf.name not in self._caches]
+        leaves = [leaf for leaf in draft.graph.leaves_of("state") if leaf.name not in self.caches]
         return {v.name: self._observers.setdefault(v.name, torch.zeros(v.shape, dtype=torch.float64)) for v in leaves}
 
 

@@ -309,19 +309,21 @@ def load(
     threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str | None = None,
+    precision: str | None = None,
     poison: bool = False,
 ) -> Model:
     """Opens a GGUF file and checks that it can be run; weights are read when they are needed.
 
     `backend`: "cpu" or "reference". `threads`: None uses all cores. `n_ctx`: context in tokens, None for the model's
-    maximum. `kv_type`: "f32", "f16" or "q8_0", None for the backend's choice. `poison`: for tests, see `Program`.
+    maximum. `kv_type`: "f32", "f16" or "q8_0", None for the backend's choice. `precision`: "auto", "exact" or
+    "bf16", see `backends/cpu.py`. `poison`: for tests, see `Program`.
     Raises GGUFError, ModelError, TokenizerError, BackendError or OptionError, each one line.
     """
     file = open_gguf(path)
     try:
-        chosen = find_backend(backend)
         if threads is not None:
             set_threads(threads)
+        chosen = find_backend(backend, precision)
         return Model(file, chosen, n_ctx=n_ctx, kv_type=kv_type, poison=poison)
     except AuricleError:
         file.close()

@@ -34,6 +34,10 @@ class Case:
             g.stage(f"out.{n}", value)
         return g
 
+    def fills(self, length: int) -> bool:
+        """Whether the rows of its matrices fill blocks of that length."""
+        return all(w.shape[-1] % length == 0 for w in self.graph().leaves_of("weight") if len(w.shape) > 1)
+
     def __str__(self) -> str:
         return self.name
 
@@ -156,6 +160,15 @@ def _rope(n_tokens: int, n_head: int, d_head: int, first: int) -> Case:
     )
 
 
+def _norm_rope(n_tokens: int, n_head: int, d_head: int, first: int) -> Case:
+    def build(g: Graph) -> Value:
+        x, positions = g.input("x", (n_tokens, n_head, d_head)), g.input("p", (n_tokens,), "i32")
+        return g.norm_rope(x, g.weight("w", (d_head,)), positions, eps=1e-6, theta=1e6)
+
+    name = f"norm_rope-{n_tokens}x{n_head}x{d_head}-at-{first}"
+    return Case(name, build, {"p": np.arange(first, first + n_tokens)})
+
+
 def _windows(n: int, t: int, n_head: int, d_head: int, lengths: list[int]) -> Case:
     def build(g: Graph) -> Value:
         q, k, v = (g.input(name, (n, t, n_head, d_head)) for name in "qkv")
@@ -188,13 +201,15 @@ CASES: list[Case] = [
     *(_linear(*shape) for shape in [(1, 32, 1), (1, 256, 300), (3, 64, 48), (7, 96, 33), (9, 512, 257), (33, 32, 5)]),
     *(_linear(*shape, bias=True) for shape in [(1, 32, 40), (5, 1024, 2100)]),  # 2,100 rows are three panels
     *(_gated(*shape) for shape in [(1, 32, 1), (4, 256, 300), (17, 1024, 1100)]),
-    *(_linears(n, 64) for n in (1, 8)),
+    *(_linears(*shape) for shape in [(1, 64), (8, 64), (1, 256), (8, 256), (19, 768)]),
     *(case for shape in [(1, 8), (5, 33), (3, 2, 128)] for case in _norms(shape)),
     *(case for shape in [(2, 3), (1, 17), (4, 5, 6)] for case in _elementwise(shape)),
     _conv(1, 1, 4, 8, 8),
     _conv(3, 5, 7, 16, 9),
     _conv(2, 4, 4, 7, 1),
     *_rows(),
+    _norm_rope(1, 1, 8, 0),
+    _norm_rope(5, 3, 128, 40_000),
     _rope(1, 1, 8, 0),
     _rope(5, 3, 128, 40_000),
     _windows(3, 7, 2, 16, [7, 1, 4]),
@@ -203,4 +218,7 @@ CASES: list[Case] = [
     _attention(1, 8, 2, 32, 40),
     _attention(6, 4, 4, 64, 0),
     _attention(9, 16, 2, 32, 23),
+    _attention(1, 32, 8, 128, 300),
+    _attention(1, 5, 1, 40, 7),
+    _attention(3, 6, 2, 16, 70),
 ]

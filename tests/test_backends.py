@@ -7,20 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from auricle.engine.backends import BACKENDS, BackendError, find_backend
+from auricle.engine.backends import BackendError, find_backend
 from auricle.engine.executor import compile_graph
 from auricle.engine.graph import Graph
-from auricle.kernels.formats import BF16, F16, F32, Q4_K, Q8_0, Format
+from auricle.kernels.formats import BF16, F16, F32, Q4_K, Q5_K, Q6_K, Q8_0, Format
 from op_cases import CASES, Case, materials
 
-FAST = [name for name in BACKENDS if name != "reference"]
+FAST = ["cpu", "cpu exact"]
+ROUNDED = {Q4_K, Q5_K, Q6_K, Q8_0}  # types that meet activations in int8, 256 weights at a time
 
 
 def run_case(case: Case, backend: str, fmt: Format = F32, kv_format: Format = F32) -> dict[str, np.ndarray]:
     m = materials(case, fmt, kv_format)
     graph = case.graph()
     capture = [name for name in graph.stages if name.startswith("out.")]
-    program = compile_graph(graph, find_backend(backend), m.weights.get, capture=capture, states=m.states, poison=True)
+    chosen = find_backend(*backend.split())
+    program = compile_graph(graph, chosen, m.weights.get, capture=capture, states=m.states, poison=True)
     return {name: value.numpy().copy() for name, value in program.run(m.feed).items()}
 
 
@@ -38,17 +40,41 @@ def test_backend_agrees_with_reference(case: Case, backend: str) -> None:
     assert_close(run_case(case, backend), run_case(case, "reference"), 2e-6)
 
 
+LINEAR_CASES = [c for c in CASES if "linear" in c.name or "rows" in c.name]
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("fmt", [F16, BF16, Q8_0], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if "linear" in c.name or "rows" in c.name], ids=str)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 def test_weight_types(case: Case, fmt: Format, backend: str) -> None:
-    assert_close(run_case(case, backend, fmt), run_case(case, "reference", fmt), 2e-6)
+    rounded = backend == "cpu" and any(
+        w.format in ROUNDED and w.shape[-1] % 256 == 0 for w in materials(case, fmt).weights.values()
+    )
+    tolerance = 1.2e-2 if rounded and "rows" not in case.name else 2e-6
+    assert_close(run_case(case, backend, fmt), run_case(case, "reference", fmt), tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fmt", [Q4_K, Q5_K, Q6_K, Q8_0], ids=str)
+@pytest.mark.parametrize("case", [c for c in LINEAR_CASES if c.fills(256)], ids=str)
+def test_rounded_activations(case: Case, fmt: Format) -> None:
+    """A scale for each 32 activations costs about half a percent of a product, and the gate of a pair twice that."""
+    assert_close(run_case(case, "cpu", fmt), run_case(case, "reference", fmt), 1.2e-2)
+    assert_close(run_case(case, "cpu exact", fmt), run_case(case, "reference", fmt), 2e-6)
+
+
+@pytest.mark.parametrize("fmt", [F32, F16, Q4_K], ids=str)
+@pytest.mark.parametrize("case", [c for c in LINEAR_CASES if c.fills(256)], ids=str)
+def test_bfloat16(case: Case, fmt: Format) -> None:
+    assert_close(run_case(case, "cpu bf16", fmt), run_case(case, "reference", fmt), 1e-2)
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize(("kv_format", "tolerance"), [(F16, 1e-3), (Q8_0, 2e-2)], ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("kv_attention")], ids=str)
 def test_cache_types(case: Case, kv_format: Format, tolerance: float, backend: str) -> None:
+    (cache, *_) = case.graph().leaves_of("state")
+    if cache.shape[-1] % kv_format.length:
+        pytest.skip(f"rows of {cache.shape[-1]} do not fill blocks of {kv_format}")
     exact = run_case(case, "reference")
     stored = run_case(case, backend, kv_format=kv_format)
     assert_close(stored, exact, tolerance)
@@ -111,7 +137,7 @@ def test_reference_norms_and_gelu() -> None:
     np.testing.assert_allclose(got, v["a"] * (1 + np.vectorize(erf)(v["a"] / np.sqrt(2))) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu exact", "reference"])
 def test_a_k_quant_runs(backend: str) -> None:
     g = Graph()
     g.stage("out", g.linear(g.input("x", (3, 512)), g.weight("w", (5, 512))))
@@ -123,7 +149,7 @@ def test_a_k_quant_runs(backend: str) -> None:
 
     weight = Weight("w", Q4_K, (5, 512), blocks.reshape(5, -1))
     x = rng.standard_normal((3, 512), dtype=np.float32)
-    program = compile_graph(g, find_backend(backend), lambda name: weight, capture=["out"], poison=True)
+    program = compile_graph(g, find_backend(*backend.split()), lambda name: weight, capture=["out"], poison=True)
     want = torch.from_numpy(x).double() @ weight.decode().double().T
     np.testing.assert_allclose(program.run({"x": x})["out"].numpy(), want.numpy(), rtol=1e-4, atol=1e-4)
 
@@ -131,3 +157,7 @@ def test_a_k_quant_runs(backend: str) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(BackendError, match="no backend 'tpu'; there are: cpu, reference"):
         find_backend("tpu")
+    with pytest.raises(BackendError, match="--precision is 'int4'; it must be one of: auto, exact, bf16"):
+        find_backend("cpu", "int4")
+    with pytest.raises(BackendError, match="--precision bf16 is not for the reference backend"):
+        find_backend("reference", "bf16")

@@ -19,7 +19,9 @@ from auricle.tools.cli.options import format_bytes, parse_duration
 from auricle.tools.sample import SampleShape, write_checkpoint
 from sounds import JFK, encode, synthetic
 
-SHAPE = SampleShape(n_layer=2, enc_n_layer=3, taps=(0, 1), n_inject=2)
+SHAPE = SampleShape(
+    n_layer=2, enc_n_layer=3, taps=(0, 1), n_inject=2, enc_d_model=256, enc_d_out=256, d_adapter=256
+)  # fmt: skip
 
 
 def auricle(*arguments: object, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -35,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = auricle("convert", folder / "checkpoint", "-o", folder / "model.gguf", "--type", "q8_0")
     assert done.returncode == 0, done.stderr
     assert done.stdout == b""
+    assert auricle("warmup", "-m", folder / "model.gguf").returncode == 0
     return folder
 
 
@@ -63,6 +66,39 @@ def test_json_has_one_document_a_line_and_file(folder: Path) -> None:
     assert documents[1]["audio_seconds"] == 1.5
     assert documents[0]["finish_reason"] == "length"
     assert len(documents[0]["token_ids"]) == 4
+
+
+def test_precisions_and_warmup(folder: Path) -> None:
+    model = folder / "model.gguf"
+    done = auricle("warmup", "-m", model)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.decode().splitlines()
+    assert lines[-1].startswith("auricle: ready after "), lines
+    with load(model, backend="reference", kv_type="f32") as reference:
+        want = reference.generate(audio=JFK, max_new_tokens=8).token_ids
+    asked = ("-m", model, "--max-new-tokens", 8, "--json", "--kv-type", "f32")
+    done = auricle("transcribe", JFK, "--precision", "exact", *asked)
+    assert tuple(json.loads(done.stdout)["token_ids"]) == want
+    for precision in ("auto", "bf16"):
+        assert auricle("transcribe", JFK, "--precision", precision, *asked).returncode == 0
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+from auricle.tools.cli.main import run
+run()
+"""
+
+
+def test_without_numba(folder: Path) -> None:
+    """PyTorch does it all, slower, and says so once."""
+    asked = ("transcribe", JFK, JFK, "-m", folder / "model.gguf", "--max-new-tokens", 8, "--kv-type", "f32")
+    command = [sys.executable, "-c", WITHOUT_NUMBA, *map(str, asked)]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"numba is not installed: everything runs in PyTorch") == 1
+    assert done.stdout == auricle(*asked, "--precision", "exact").stdout
 
 
 def test_one_bad_file_of_three_does_not_stop_the_others(folder: Path) -> None:
@@ -227,12 +263,11 @@ def test_an_interrupt_ends_with_130(folder: Path) -> None:
     import signal
     import time
 
-    command = [sys.executable, "-m", "auricle.tools", "transcribe", JFK, "-m", folder / "model.gguf"]
-    command += ["--max-new-tokens", "30000"]
+    command = [sys.executable, "-m", "auricle.tools", "transcribe", *[JFK] * 50, "-m", folder / "model.gguf"]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert b"Traceback" not in said

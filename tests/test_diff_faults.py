@@ -345,15 +345,16 @@ def test_the_reference_is_looked_at_too(files: dict[str, Path], tmp_path: Path) 
 
 def test_a_faulty_backend_is_told_from_the_reference(files: dict[str, Path], monkeypatch: Patch) -> None:
     """One file on two backends: ops are compared by the names of the graph, fused ones as a whole."""
-    bind = cpu.BACKEND.kernels["gated_linear"].bind
+    exact = cpu.make_backend("exact")
+    bind = exact.kernels["gated_linear"].bind
 
     def wrong(node, inputs, outputs, scratch):
         call = bind(node, inputs, outputs, scratch)
         return lambda: (call(), outputs[0].mul_(1.001))
 
-    kernels = dict(cpu.BACKEND.kernels)
+    kernels = dict(exact.kernels)
     kernels["gated_linear"] = replace(kernels["gated_linear"], bind=wrong)
-    monkeypatch.setattr(cpu, "BACKEND", replace(cpu.BACKEND, kernels=kernels))
+    monkeypatch.setattr(cpu, "make_backend", lambda precision: replace(exact, kernels=kernels))
     asked = request()
     with open_model(files["q8_0.gguf"], asked, backend="cpu") as model:
         other = ModelFile(files["q8_0.gguf"], asked, "reference")

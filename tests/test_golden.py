@@ -17,7 +17,7 @@ from auricle.engine import Model, load
 from auricle.engine.audio import load_audio, log_mel
 from auricle.engine.models.moss_audio import token_count
 from auricle.engine.session import Heard
-from auricle.tools.stages import drop_padding, read_stages, row_cosines, trace_stages
+from auricle.tools.stages import drop_padding, mean_divergence, read_stages, row_cosines, trace_stages
 from support import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -143,3 +143,27 @@ def test_small_caches_stay_close(models: dict[str, Path], kv_type: str) -> None:
     with load(models["f32"], n_ctx=512, kv_type=kv_type, poison=True) as model:
         got = trace(model, "jfk")
     assert row_cosines(got["logits"], want["logits"]).min() >= (0.99999 if kv_type == "f16" else 0.999)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_rounded_activations_keep_the_answer(models: dict[str, Path], clip: str) -> None:
+    """Int8 activations beside the reference on the same file, along the official answer: little divergence, and the
+    same likeliest token wherever the reference's margin is above twice the error of the logits."""
+    answers = []
+    for backend in ("reference", "cpu"):
+        with load(models["q8_0"], backend=backend, n_ctx=512, kv_type="f32", poison=True) as model:
+            heard = model.listen(SHARED / "data" / "audio" / f"{clip}.wav")
+            prompt = model.build_prompt(PROMPT, heard)
+            rows = model.runtime.encode(heard.mels)
+            prefix = model.runtime.trace_decoder(prompt, rows, ["logits"], {})["logits"]
+            ids = golden(clip)[0]["generated_ids"].tolist()
+            steps = [model.runtime.decode(token, len(prompt.ids) + i).copy() for i, token in enumerate(ids)]
+            answers.append(np.concatenate([prefix, steps]))
+    want, got = answers
+    assert mean_divergence(got, want) <= 1e-3
+    error = np.abs(got - want).max(-1)
+    second, first = np.sort(want, -1)[:, -2:].T
+    clear = first - second > 2 * error
+    assert clear.mean() > 0.5, "the margins say nothing"
+    np.testing.assert_array_equal(got.argmax(-1)[clear], want.argmax(-1)[clear])
+    assert error.max() > 1e-4, "nothing was rounded"

@@ -244,7 +244,7 @@ def test_the_command_collects_and_merges(folder: Path, tmp_path: Path) -> None:
     done = auricle(JFK, *options, "-o", tmp_path / "jfk.gguf")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
+    assert len([line for line in done.stderr.splitlines() if "kernel" not in line]) == 1
     first = read_matrix(tmp_path / "jfk.gguf")
     assert first.datasets == (str(JFK),)
     assert first.sums["enc.blk.0.attn.k.weight"].n_rows == 138

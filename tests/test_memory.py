@@ -38,6 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 300 MB of zeros in bf16: large enough that the interpreter is not most of it."""
     folder = tmp_path_factory.mktemp("large")
     convert(plan_conversion(sparse_checkpoint(folder / "checkpoint", LARGE), "bf16"), folder / "model.gguf")
+    run_python("-m", "auricle.tools", "warmup", "-m", folder / "model.gguf")  # compiling takes memory of its own
     return folder / "model.gguf"
 
 

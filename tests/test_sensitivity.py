@@ -67,7 +67,7 @@ def report_on(folder: Path, name: str = "q4.gguf", n_new: int = 0, **options: An
     asked = make_request([folder / "a.wav"], PROMPT, n_new)
     with (
         open_model(folder / name, asked, backend="reference") as model,
-        open_model(folder / "f16.gguf", asked, backend=options.pop("backend", "reference")) as exact,
+        open_model(folder / "f16.gguf", asked, backend=options.pop("backend", "reference"), precision="exact") as exact,
     ):
         return measure(model, exact, asked, **options)
 

@@ -35,7 +35,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Backend:
     """`kv_type`: how it keeps keys and values unless told otherwise. `window_batch`: encoder windows at a time;
-    `prefill_chunk`: prompt tokens at a time."""
+    `prefill_chunk`: prompt tokens at a time. `rounds`: names of the types whose activations it rounds to int8."""
 
     name: str
     kernels: Mapping[str, Kernel]
@@ -43,3 +43,4 @@ class Backend:
     kv_type: str
     window_batch: int
     prefill_chunk: int
+    rounds: frozenset[str] = frozenset()

@@ -8,6 +8,7 @@ file cannot be opened or run; 4 audio cannot be read; 5 the request does not fit
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -69,4 +70,13 @@ def _main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    tell_on_stderr()
+
+
+def tell_on_stderr() -> None:
+    """What the library has to say, such as that kernels are being compiled, as lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("auricle: %(message)s"))
+    log = logging.getLogger("auricle")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
 from .app import app
-from .options import AsJSON, KVType, Threads, TimeMarkers, with_settings
+from .options import AsJSON, KVType, Precision, Threads, TimeMarkers, with_settings
 
 if TYPE_CHECKING:
     from ...engine import Model
@@ -53,6 +53,7 @@ class DiffSettings:
         typer.Option("--checkpoint", help="A Hugging Face folder, run in PyTorch.", show_default=False),
     ] = None
     backend: Annotated[str, typer.Option("--backend", help="Where this side computes.")] = "cpu"
+    precision: Precision = None
     against_backend: Annotated[str, typer.Option("--against-backend", help="Where --against does.")] = "reference"
     kv_type: KVType = "f32"
     isolate: Annotated[bool, typer.Option("--isolate", help="Give each stage the reference's input.")] = False
@@ -116,7 +117,13 @@ def diff(
         prompt = settings.prompt if settings.prompt is not None else find_prompt(settings)
         request = make_request(audio, prompt, settings.tokens, settings.time_markers)
         opened = stack.enter_context(
-            open_model(model, request, backend=settings.backend, kv_type=settings.kv_type or "f32")
+            open_model(
+                model,
+                request,
+                backend=settings.backend,
+                kv_type=settings.kv_type or "f32",
+                precision=settings.precision,
+            )
         )
         source, read = open_source(settings, opened, request, stack)
         outcome = run_diff(opened, request, source, mode=settings.mode, overrides=overrides, read=read)
@@ -189,7 +196,7 @@ def write_sensitivity(settings: DiffSettings, model: Model, request: Request) ->
     console, tasks = Console(stderr=True), {}
     columns = ("{task.description}", MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        open_model(settings.against, request, backend=settings.against_backend) as reference,
+        open_model(settings.against, request, backend=settings.against_backend, precision="exact") as reference,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
     ):
 

@@ -58,7 +58,7 @@ def plan(
 
     with settings.open() as model:
         memory = model.plan([parse_duration(text) for text in audio or ()], max_new_tokens=max_new_tokens)
-        base = process_bytes()
+        base = process_bytes(model.file, model.backend, model.kv_format)
     rows = {f"weights: {part}": n for part, n in memory.weights.items() if n}
     rows |= {"KV cache": memory.kv_cache, "arena": memory.arena, "libraries' work space": memory.libraries}
     rows |= {"audio": memory.audio, "interpreter and libraries": base}

@@ -19,6 +19,10 @@ from ...engine.sampling import OptionError
 
 ModelPath = Annotated[Path, typer.Option("-m", "--model", help="The model, a GGUF file.", show_default=False)]
 BackendName = Annotated[str, typer.Option("--backend", help="Where to compute: cpu or reference.")]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="Of the cpu backend: auto, exact, bf16.  [default: auto]", show_default=False),
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="Cores to use.  [default: all]", show_default=False)]
 Context = Annotated[
     int | None, typer.Option("--ctx", help="Context in tokens.  [default: the model's maximum]", show_default=False)
@@ -57,13 +61,21 @@ class OpenSettings:
 
     model: ModelPath
     backend: BackendName = "cpu"
+    precision: Precision = None
     threads: Threads = None
     ctx: Context = None
     kv_type: KVType = None
     as_json: AsJSON = False
 
     def open(self) -> Model:
-        return load(self.model, backend=self.backend, threads=self.threads, n_ctx=self.ctx, kv_type=self.kv_type)
+        return load(
+            self.model,
+            backend=self.backend,
+            precision=self.precision,
+            threads=self.threads,
+            n_ctx=self.ctx,
+            kv_type=self.kv_type,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Checkpoint:
     """`walk` gives the ids of the prompt."""
 
     has_ops = True
+    rounds = frozenset()
 
     def __init__(self, directory: Path, walk: Walk) -> None:
         try:

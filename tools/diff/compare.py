@@ -66,7 +66,8 @@ class Comparer:
     """Takes the reference's stages one after another, computes its own side's, and collects results.
 
     `isolate`: each stage is computed from the reference's stages before it, not from its own. `formats`: the type of
-    each tensor on the reference's side, {} when its weights are exact. `last`: the stage after which to stop.
+    each tensor on the reference's side, {} when its weights are exact; `rounds`: types whose activations it rounds to
+    int8. `last`: the stage after which to stop.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class Comparer:
         *,
         isolate: bool = False,
         formats: Mapping[str, str] | None = None,
+        rounds: frozenset[str] = frozenset(),
         overrides: Sequence[Override] = (),
         last: str | None = None,
         on_result: Callable[[StageResult], None] = lambda result: None,
     ) -> None:
         self.walk, self.wanted, self.isolate, self.last = walk, list(wanted), isolate, last
         self._formats, self._overrides, self._on_result = formats or {}, overrides, on_result
+        self._rounds = walk.model.backend.rounds | rounds
         self._own_formats = {name: t.format.name for name, t in walk.model.file.tensors.items()}
         self._seen_types: dict[str, str] = {}
         self.results: list[StageResult] = []
@@ -126,11 +129,14 @@ class Comparer:
         kind = "stage" if name in (MEL, IDS) or name in outline.stages else "op"
         if self.isolate:
             scope = "op" if kind == "op" else "stage"
-        noise = noise_of((t, self._formats.get(w)) for w, t in (types if self.isolate else self._seen_types).items())
+        noise = self._noise(types if self.isolate else self._seen_types)
         n_rows = len(self.walk.prompt.ids)
         limits = apply_overrides(name, limits_for(name, op_names(nodes), noise, scope, n_rows), self._overrides)
         both = {w: t if self._formats.get(w, t) == t else f"{t} / {self._formats[w]}" for w, t in types.items()}
         return StageResult(name, kind, (), (), part, needs, op_names(nodes), both, limits=limits)
+
+    def _noise(self, types: Mapping[str, str]) -> float:
+        return noise_of(((t, self._formats.get(w)) for w, t in types.items()), self._rounds)
 
     def _as_rows(self, name: str, value: np.ndarray) -> np.ndarray:
         """The reference's array as `Walk` has it; windows without their padding."""
@@ -183,7 +189,7 @@ class Comparer:
 
     def _take_tokens(self, name: str, value: np.ndarray) -> None:
         """Goes on along the reference's answer and freely, and compares both; its logits too, where it has them."""
-        noise = noise_of((t, self._formats.get(w)) for w, t in self._seen_types.items())
+        noise = self._noise(self._seen_types)
         if name == GENERATED:
             self.reference_ids = np.asarray(value, np.int32)[: self.walk.request.n_new]
             self.tokens, self._forced = compare_tokens(

@@ -78,7 +78,13 @@ def run_diff(
     walk = Walk(model, request)
     wanted = [*walk.outline.names(False), *([GENERATED, FORCED] if request.n_new else [])]
     comparer = Comparer(
-        walk, wanted, isolate=mode != "chain", formats=source.formats, overrides=overrides, on_result=on_result
+        walk,
+        wanted,
+        isolate=mode != "chain",
+        formats=source.formats,
+        rounds=source.rounds,
+        overrides=overrides,
+        on_result=on_result,
     )
     source.trace(request, wanted, comparer.take)
     stages, tokens = comparer.results, comparer.tokens
@@ -109,6 +115,7 @@ def compare_ops(
         walk.outline.names(True),
         isolate=True,
         formats=source.formats,
+        rounds=source.rounds,
         overrides=overrides,
         last=last,
         on_result=on_result,

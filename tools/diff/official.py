@@ -30,6 +30,7 @@ class Official:
     `stages`: what is no op, to know whether values inside stages are wanted."""
 
     has_ops = True
+    rounds = frozenset()
 
     def __init__(
         self, checkout: Path, checkpoint: Path, stages: Sequence[str], time_markers: bool, python: Path | None = None

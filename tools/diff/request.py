@@ -58,13 +58,15 @@ def make_request(audio: Sequence[AudioSource], prompt: str, n_new: int, time_mar
     return Request(tuple(load_audio(clip) for clip in audio), prompt, n_new, time_markers)
 
 
-def open_model(path: Any, request: Request, *, backend: str, kv_type: str = "f32") -> Model:
+def open_model(
+    path: Any, request: Request, *, backend: str, kv_type: str = "f32", precision: str | None = None
+) -> Model:
     """The model with a context that holds the request, and a quarter more for a reference's longer prompt."""
     with load(path, backend="reference") as model:
         n_prompt = len(model.build_prompt(request.prompt, hear(model, request), request.time_markers).ids)
         n_max = model.config.decoder.max_position_embeddings
     n_ctx = n_prompt + n_prompt // 4 + 64 + request.n_new
-    return load(path, backend=backend, n_ctx=min(n_ctx, n_max), kv_type=kv_type)
+    return load(path, backend=backend, n_ctx=min(n_ctx, n_max), kv_type=kv_type, precision=precision)
 
 
 def hear(model: Model, request: Request) -> Any:

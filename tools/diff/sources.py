@@ -23,10 +23,12 @@ from .walk import Walk
 
 class Source(Protocol):
     """`has_ops`: whether it can give values inside stages. `formats`: the type of each of its tensors, {} if exact.
+    `rounds`: types whose activations it rounds.
     `about`: facts for the report."""
 
     has_ops: bool
     formats: Mapping[str, str]
+    rounds: frozenset[str]
     about: dict[str, Any]
 
     def trace(self, request: Request, wanted: Sequence[str], emit: Emit) -> None:
@@ -37,6 +39,7 @@ class Source(Protocol):
 class StageFile:
     """Stages in a safetensors file, under their own names."""
 
+    rounds = frozenset()
     path: Path
     has_ops: bool = False
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +99,7 @@ def from_archive(name: str) -> tuple[str, Part] | None:
 class StageArchive:
     """Stages in a GGUF file, as the C++ peer archives them, or under their own names."""
 
+    rounds = frozenset()
     path: Path
     has_ops: bool = False
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -134,6 +138,7 @@ class ModelFile:
     def __init__(self, path: Path, request: Request, backend: str, kv_type: str = "f32") -> None:
         self._model: Model = open_model(path, request, backend=backend, kv_type=kv_type)
         self.formats = {name: t.format.name for name, t in self._model.file.tensors.items()}
+        self.rounds = self._model.backend.rounds
         self.about = {"kind": "model", "path": str(path), "backend": backend, "kv_type": kv_type}
 
     def trace(self, request: Request, wanted: Sequence[str], emit: Emit) -> None:

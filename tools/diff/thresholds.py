@@ -40,6 +40,7 @@ NOISE: dict[str, float] = {
     "Q3_K": 1.4e-1,
     "Q2_K": 2.7e-1,
 }
+ROUNDING = 8e-3  # of activations to int8 with a scale for each 32: 0.5 % where they are normal, more with heavy tails
 WORST = max(NOISE.values())  # of a type that is not in the table
 
 # Relative error of float32 arithmetic: exact up to the last bits, sums of products, all layers up to a stage. The
@@ -66,13 +67,17 @@ TOP1_BASE = 0.01
 Limits = dict[str, float]
 
 
-def noise_of(pairs: Iterable[tuple[str, str | None]]) -> float:
+def noise_of(pairs: Iterable[tuple[str, str | None]], rounds: Collection[str] = ()) -> float:
     """The noise of tensors, each with its type here and there; None: the reference's are exact. One that has the same
-    type on both sides adds none, and neither does BF16 widened to F32."""
+    type on both sides adds none, and neither does BF16 widened to F32. `rounds`: types whose activations are rounded
+    to int8 on one side."""
     worst = 0.0
     for own, other in pairs:
+        noise = ROUNDING if own in rounds else 0.0
         if own != other and {own, other} != {"F32", "BF16"}:
-            worst = max(worst, NOISE.get(own, WORST), NOISE.get(other, WORST) if other not in (None, "BF16") else 0.0)
+            stored = max(NOISE.get(own, WORST), NOISE.get(other, WORST) if other not in (None, "BF16") else 0.0)
+            noise = math.hypot(noise, stored)
+        worst = max(worst, noise)
     return worst
 
 

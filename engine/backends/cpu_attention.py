@@ -1,0 +1,88 @@
+"""Attention of the CPU backend in PyTorch arithmetic: a head of the cache at a time, and a block of the query tokens
+that see it, so that little work space is needed at any depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..graph import Node
+from ..kv_cache import CacheTensor
+from .backend import Bound
+
+Tensor = torch.Tensor
+Call = Callable[[], None]
+
+SCORE_BYTES = 32 << 20  # of attention scores at a time
+HEAD_BYTES = 16 << 20  # of keys and values in float32 at a time, but always one head
+
+
+def bind_block_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor) -> Call:
+    q, k_cache, v_cache, positions = inputs
+    (out,) = outputs
+    n_tokens, n_head, d = q.shape
+    n_ctx, n_kv_head, _ = k_cache.shape
+    group = n_head // n_kv_head
+    half = head_floats(n_ctx, n_kv_head, d) // 2
+    keys, values, scores = scratch.view(torch.float32).split([half, half, n_scores(node)])
+
+    def call() -> None:
+        n_slots = int(positions[-1]) + 1
+        n_heads = min(n_kv_head, half // (n_slots * d), max(1, scores.numel() // (group * n_slots)))
+        slots = torch.arange(n_slots)
+        for first in range(0, n_kv_head, n_heads):
+            h = min(n_heads, n_kv_head - first)
+            k, v = (
+                read_heads(cache, range(first, first + h), memory[: h * n_slots * d].view(h, n_slots, d))
+                for cache, memory in ((k_cache, keys), (v_cache, values))
+            )
+            heads = slice(first * group, (first + h) * group)
+            step = max(1, scores.numel() // (group * h * n_slots))
+            for start in range(0, n_tokens, step):
+                block = q[start : start + step, heads]  # [n, h * group, d]
+                n = block.shape[0]
+                rows = block.reshape(n, h, group, d).transpose(0, 1).reshape(h, n * group, d)
+                weights = scores[: h * n * group * n_slots].view(h, n * group, n_slots)
+                torch.bmm(rows, k.transpose(1, 2), out=weights).mul_(1 / math.sqrt(d))
+                later = slots > positions[start : start + n, None]
+                weights.view(h, n, group, n_slots).masked_fill_(later[:, None], -math.inf)
+                torch.softmax(weights, -1, out=weights)
+                mixed = torch.bmm(weights, v, out=rows).view(h, n, group, d)
+                out[start : start + n, heads] = mixed.transpose(0, 1).reshape(n, h * group, d)
+
+    return call
+
+
+def read_heads(cache: CacheTensor, heads: range, out: Tensor) -> Tensor:
+    """The first rows of some heads into out float32 [n_heads, n_slots, d]."""
+    for i, head in enumerate(heads):
+        rows = cache.read_head(head, out[i])
+        if rows.data_ptr() != out[i].data_ptr():
+            out[i] = rows
+    return out
+
+
+def head_floats(n_ctx: int, n_kv_head: int, d: int) -> int:
+    """Keys and values of as many heads as are read at a time."""
+    one = 2 * n_ctx * d
+    return max(one, min(n_kv_head * one, HEAD_BYTES // 4))
+
+
+def n_scores(node: Node) -> int:
+    """The most scores that are there at a time."""
+    q, k = node.inputs[:2]
+    row = q.shape[1] // k.shape[1] * k.shape[0]
+    return min(q.shape[0] * q.shape[1] * k.shape[0], max(row, SCORE_BYTES // 4))
+
+
+def block_scratch(node: Node) -> int:
+    return 4 * (head_floats(*node.inputs[1].shape) + n_scores(node))
+
+
+def block_bytes(node: Node) -> int:
+    """The mask of a block, its queries, and what a matrix library packs of one head's keys and values."""
+    q, k = node.inputs[:2]
+    n_ctx, _, d = k.shape
+    return n_ctx * (min(q.shape[0], max(1, SCORE_BYTES // (4 * n_ctx))) + 8 * d) + 2 * q.nbytes
