@@ -63,8 +63,10 @@ def torch_kernels(dtype: torch.dtype) -> dict[str, Kernel]:
 
 def compiled_kernels() -> Mapping[str, Kernel]:
     """Kernels that numba compiles, over those of PyTorch."""
+    from ...kernels.cpu.jit import prepare
     from . import cpu_int8, cpu_rows
 
+    prepare()
     return torch_kernels(torch.float32) | {
         "linear": Kernel(cpu_int8.bind_linear, cpu_int8.scratch_bytes),
         "linears": Kernel(cpu_int8.bind_linears, cpu_int8.scratch_bytes),

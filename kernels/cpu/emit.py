@@ -152,7 +152,7 @@ def _widen_half_bits(code: Code, bits: Value, floats: ir.VectorType) -> Value:
 
 def multiply_bytes(code: Code, total: Value, codes: Value, signed: Value, *, wide: bool) -> Value:
     """What `dot4` and `dot4_wide` emit: the best instruction of the machine. Those of VNNI take bytes as int32, as
-    LLVM 15 wants it; LLVM 22, which wants bytes, still reads that."""
+    LLVM 15 wants and LLVM 22, which wants bytes, still reads."""
     if LEVEL == "vnni":
         return code.call("llvm.x86.avx512.vpdpbusd.512", I32.ir, total, codes, signed)
     if LEVEL == "avxvnni":

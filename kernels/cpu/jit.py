@@ -22,6 +22,7 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.registry import cpu_target
 
 from .. import formats
 from .isa import find_level
@@ -98,6 +99,12 @@ def specialise(template: Callable[..., Any], name: str, *, parallel: bool = Fals
     function.__qualname__, function.__module__ = function.__name__, template.__module__
     function.__doc__ = template.__doc__
     return kernel(parallel)(function)
+
+
+def prepare() -> None:
+    """Loads what numba would load when the first kernel is called: a quarter of a second."""
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
 
 
 def cache_folder() -> Path:
