@@ -129,6 +129,12 @@ def ask_undisturbed(figure: Figure, side: Worker, n_tries: int, patience: float)
     return min(tries, key=lambda found: found[1])
 
 
+def result_name(a: argparse.Namespace) -> str:
+    """One file for each shape, recipe and peer."""
+    peers = [*(["llama"] if a.llama_python else []), *([f"torch_{a.torch_dtype}"] if a.torch else [])]
+    return "-".join(["peers", a.shape, a.recipe, *peers]) + ".json"
+
+
 def decode_figures(a: argparse.Namespace) -> list[Figure]:
     return [Figure(f"decode at {n}, tokens/s", "decode", {"context": n, "n_new": a.steps}) for n in a.contexts]
 
@@ -220,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for others before each")
     parser.add_argument("--flash", type=int, nargs="+", choices=(0, 1), default=[0, 1])
     parser.add_argument("--restart", action="store_true", help="keep only one side in memory at a time")
-    parser.add_argument("--save", action="store_true", help="keep the document in benchmarks/results/peers.json")
+    parser.add_argument("--save", action="store_true", help="keep the document in benchmarks/results/")
     a = parser.parse_args()
     if not a.llama_python and not a.torch:
         parser.error("name a peer: --llama-python PYTHON or --torch")
@@ -242,7 +248,7 @@ def main() -> None:
     document["machine"] = describe_machine()
     print(make_table(document))
     if a.save:
-        save_result("peers.json", document)
+        save_result(result_name(a), document)
     print(json.dumps(document))
 
 

@@ -33,7 +33,10 @@ def _sum_squares(x, at, d):
 def _normalise(x, at, d, weight, eps, out):
     """out = x / sqrt(mean(x^2) + eps) * weight, for the row of length d from `at` on."""
     factor = np.float32(1) / np.float32(math.sqrt(_sum_squares(x, at, d) / np.float32(d) + eps))
-    for i in range(d):
+    whole, factors = d // LANES * LANES, lanes_float(factor)
+    for i in range(0, whole, LANES):
+        store(out, at + i, load(x, at + i) * factors * load(weight, i))
+    for i in range(whole, d):
         out[at + i] = x[at + i] * factor * weight[i]
 
 
@@ -48,7 +51,10 @@ def add_rms_norm(a, b, weight, eps, total, out):
     """total = a + b and its norm; all float32 [n * d], flat; weight [d]."""
     d = weight.shape[0]
     for row in prange(a.shape[0] // d):
-        for i in range(row * d, row * d + d):
+        whole = row * d + d // LANES * LANES
+        for i in range(row * d, whole, LANES):
+            store(total, i, load(a, i) + load(b, i))
+        for i in range(whole, row * d + d):
             total[i] = a[i] + b[i]
         _normalise(total, row * d, d, weight, eps, out)
 
