@@ -5,8 +5,8 @@ A case builds a graph of one op (or a few) with stages `out` or `out.N`; `materi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,7 +51,20 @@ class Materials:
     states: dict[str, CacheTensor]
 
 
-def materials(case: Case, fmt: Format = F32, kv_format: Format = F32, seed: int = 0) -> Materials:
+def make_weight(name: str, shape: tuple[int, ...], fmt: Format, rng: np.random.Generator) -> Weight:
+    values = rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[-1]))
+    stored = fmt if len(shape) > 1 and shape[-1] % fmt.length == 0 else F32
+    data = quantize(values.reshape(-1, shape[-1]), stored)
+    return Weight(name, stored, shape, data.reshape(*shape[:-1], -1))
+
+
+def materials(
+    case: Case,
+    fmt: Format = F32,
+    kv_format: Format = F32,
+    seed: int = 0,
+    make: Callable[[str, tuple[int, ...], Format, np.random.Generator], Weight] = make_weight,
+) -> Materials:
     """Random operands; matrices are stored in `fmt` where their rows fill its blocks, all else in F32."""
     rng = np.random.default_rng(seed)
     graph = case.graph()
@@ -59,7 +72,7 @@ def materials(case: Case, fmt: Format = F32, kv_format: Format = F32, seed: int 
         v.name: rng.standard_normal(v.shape, dtype=np.float32) for v in graph.leaves_of("input") if v.dtype == "f32"
     }
     feed |= {name: np.asarray(values, np.int32) for name, values in case.ints.items()}
-    weights = {v.name: make_weight(v.name, v.shape, fmt, rng) for v in graph.leaves_of("weight")}
+    weights = {v.name: make(v.name, v.shape, fmt, rng) for v in graph.leaves_of("weight")}
     states = {}
     for v in graph.leaves_of("state"):
         states[v.name] = cache = CacheTensor(v.shape, kv_format)
@@ -68,11 +81,12 @@ def materials(case: Case, fmt: Format = F32, kv_format: Format = F32, seed: int 
     return Materials(feed, weights, states)
 
 
-def make_weight(name: str, shape: tuple[int, ...], fmt: Format, rng: np.random.Generator) -> Weight:
-    values = rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[-1]))
-    stored = fmt if len(shape) > 1 and shape[-1] % fmt.length == 0 else F32
-    data = quantize(values.reshape(-1, shape[-1]), stored)
-    return Weight(name, stored, shape, data.reshape(*shape[:-1], -1))
+def tolerance(case: Case, weights: Mapping[str, Weight], rounds: Collection[str] = ()) -> float:
+    """How far a backend may be from the reference on the same operands. `rounds`: names of the types whose activations
+    it rounds to int8, with a scale for each 16 or 32, in rows of whole tiles of 256."""
+    products = {"linear", "linears", "gated_linear"} & {node.op for node in case.graph().nodes}
+    rounded = any(w.format.name in rounds and len(w.shape) == 2 and w.shape[1] % 256 == 0 for w in weights.values())
+    return 1.2e-2 if products and rounded else 2e-6
 
 
 def _linear(n_tokens: int, n_in: int, n_out: int, bias: bool = False) -> Case:
@@ -91,11 +105,14 @@ def _gated(n_tokens: int, n_in: int, n_out: int) -> Case:
     return Case(f"gated_linear-{n_tokens}x{n_in}x{n_out}", build)
 
 
-def _linears(n_tokens: int, n_in: int) -> Case:
+def _linears(n_tokens: int, n_in: int, sizes: tuple[int, ...] = (96, 33, 33), biased: tuple[int, ...] = (0,)) -> Case:
+    """`biased`: the numbers of the maps that have a bias."""
+
     def build(g: Graph) -> tuple[Value, ...]:
-        x, sizes = g.input("x", (n_tokens, n_in)), (96, 33, 33)
+        x = g.input("x", (n_tokens, n_in))
         weights = tuple(g.weight(f"w{i}", (n, n_in)) for i, n in enumerate(sizes))
-        return g.linears(x, weights, (g.weight("b0", (96,)), None, None))
+        biases = tuple(g.weight(f"b{i}", (n,)) if i in biased else None for i, n in enumerate(sizes))
+        return g.linears(x, weights, biases)
 
     return Case(f"linears-{n_tokens}x{n_in}", build)
 
@@ -221,4 +238,60 @@ CASES: list[Case] = [
     _attention(1, 32, 8, 128, 300),
     _attention(1, 5, 1, 40, 7),
     _attention(3, 6, 2, 16, 70),
+]
+
+
+# Shapes of the published models, for the benchmarks; tests have no time for them.
+
+N_TOKENS = (1, 2, 8, 64, 200, 512)
+VOCABULARY = 151_936
+D_HEAD, N_HEAD, N_KV_HEAD = 128, 32, 8
+
+
+def _named(part: str, case: Case) -> Case:
+    return replace(case, name=f"{part} {case.name}")
+
+
+def _decoder(model: str, d_model: int, d_ff: int) -> list[Case]:
+    d_q, d_kv = N_HEAD * D_HEAD, N_KV_HEAD * D_HEAD
+    return [
+        *(_named(f"{model}.qkv", _linears(n, d_model, (d_q, d_kv, d_kv), ())) for n in N_TOKENS),
+        *(_named(f"{model}.o", _linear(n, d_q, d_model)) for n in N_TOKENS),
+        *(_named(f"{model}.gate_up", _gated(n, d_model, d_ff)) for n in N_TOKENS),
+        *(_named(f"{model}.down", _linear(n, d_ff, d_model)) for n in N_TOKENS),
+        _named(f"{model}.head", _linear(1, d_model, VOCABULARY)),
+        *(_named(f"{model}.norm", case) for n in (1, 200) for case in _norms((n, d_model)) if "layer" not in case.name),
+    ]
+
+
+def _encoder() -> list[Case]:
+    """Four windows of 50 tokens; the convolutions of one window."""
+    n, d, d_ff, n_channels = 200, 1280, 5120, 480
+    return [
+        _named("enc.qkv", _linears(n, d, (d, d, d), (0, 2))),
+        _named("enc.o", _linear(n, d, d, bias=True)),
+        _named("enc.fc1", _linear(n, d, d_ff, bias=True)),
+        _named("enc.fc2", _linear(n, d_ff, d, bias=True)),
+        _named("enc.stem_proj", _linear(n, n_channels * 16, d, bias=True)),
+        _named("enc.adapter", _gated(n, d, 8192)),
+        _named("enc.adapter_down", _linear(n, 8192, 2560)),
+        *(_named("enc.norm", case) for case in _norms((4, 50, d)) if case.name.startswith("layer")),
+        *(_named("enc", case) for case in _elementwise((4, 50, d)) if case.name.startswith("add")),
+        *(_named("enc", case) for case in _elementwise((4, 50, d_ff)) if case.name.startswith("gelu")),
+        *(_named("enc.stem", case) for case in _elementwise((1, n_channels, 64, 200)) if case.name.startswith("gelu")),
+        _named("enc", _windows(4, 50, 20, 64, [50] * 4)),
+        *(
+            _named("enc.stem", _conv(1, c_in, n_channels, h, w))
+            for c_in, h, w in [(1, 128, 400), (n_channels, 64, 200), (n_channels, 32, 100)]
+        ),
+    ]
+
+
+MODEL_CASES: list[Case] = [
+    *_decoder("4b", 2560, 9728),
+    *_decoder("8b", 4096, 12288),
+    *(_named("llm", _norm_rope(n, n_head, D_HEAD, 200)) for n in (1, 200) for n_head in (N_HEAD, N_KV_HEAD)),
+    *(_named("llm", _attention(1, N_HEAD, N_KV_HEAD, D_HEAD, first)) for first in (200, 2048, 8192)),
+    _named("llm", _attention(256, N_HEAD, N_KV_HEAD, D_HEAD, 0)),
+    *_encoder(),
 ]
