@@ -122,7 +122,13 @@ class Activations:
         kernel, n, m, work = matmul.KERNELS[fmt], self.n, matmul.padded(self.n), self._arrays[5]
         codes, *whole_and_halves = flat
         scales, sums = whole_and_halves[:2] if TILES[fmt].group == GROUP else whole_and_halves[2:]
-        return lambda: kernel(data, n, m, codes, scales, sums, work, out, stride)
+        n_threads = len(work)
+
+        def call() -> None:
+            numba.set_num_threads(n_threads)  # each has its work space; another model or thread may have set it since
+            kernel(data, n, m, codes, scales, sums, work, out, stride)
+
+        return call
 
 
 def file_bytes(weight: Weight) -> np.ndarray:
