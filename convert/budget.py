@@ -138,7 +138,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         damage = {t["name"]: {k: float(v["kl"]) for k, v in t["types"].items()} for t in facts["tensors"]}
         shapes = {t["name"]: tuple(int(n) for n in t["shape"]) for t in facts["tensors"]}
         name, fingerprint = str(facts["model"]["name"]), str(facts["model"]["fingerprint"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConversionError(f"{path} is no sensitivity report; {remedy}") from None
     for tensor, types in damage.items():
         if (

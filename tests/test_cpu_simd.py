@@ -22,7 +22,7 @@ from auricle.kernels.formats import Q4_K, Q8_0
 from auricle.kernels.quantize import quantize
 
 HERE = Path(__file__).parent
-POSSIBLE = levels_of(*isa._processor())
+POSSIBLE = levels_of(*isa.processor())
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # What a Haswell has, and with the last, what an Alder Lake has for us.

@@ -187,10 +187,11 @@ def run_bench(
         hear(model, source, rate, N_NEW)
         say("warming up: the first run in this process, told apart from the others")
         first, rounds = run_round(model, source, rate), []
-        if whole_s(first) > LONG_S:
+        again = whole_s(first) <= LONG_S
+        if not again:
             say(f"that took {whole_s(first):.0f} s, so it is not repeated")
             rounds.append(first)
-        while not rounds or (time.perf_counter() + whole_s(rounds[-1]) < end and len(rounds) < MAX_ROUNDS):
+        while again and (not rounds or (time.perf_counter() + whole_s(rounds[-1]) < end and len(rounds) < MAX_ROUNDS)):
             rounds.append(run_round(model, source, rate))
             say(f"round {len(rounds)}: first token after {rounds[-1].first_token_s:.2f} s")
         peak = peak_bytes()  # before the machine is looked at, which takes memory, too

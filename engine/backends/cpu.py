@@ -91,7 +91,7 @@ def has_numba() -> bool:
 def make_backend(precision: str) -> Backend:
     """The backend for one of `PRECISIONS`."""
     if precision == "auto" and not has_numba():
-        log.warning("numba is not installed: everything runs in PyTorch, several times slower; pip install numba")
+        log.warning("numba is not installed: everything runs in PyTorch, which is slower; pip install numba")
         precision = "exact"
     sizes = {"kv_type": "f16", "window_batch": 4, "prefill_chunk": 512}
     if precision == "auto":

@@ -84,10 +84,9 @@ def scratch_bytes(node: Node) -> int:
     k, widest = weights[0].shape[1], max(w.shape[0] for w in weights)
     n, gated = x.size // k, node.op == "gated_linear"
     general = cpu_float.panel_bytes(n, k, widest, 2 if gated else 1)
-    if k % TILE:
-        return general
-    second = n * (widest if n <= FEW else UP_ROWS) if gated else 0
-    return max(general, sum(map(part_bytes, activation_parts(n, k))) + part_bytes(((second,), np.float32)))
+    second = gated_bytes(n, widest if n <= FEW else UP_ROWS) if gated else 0
+    rounded = 0 if k % TILE else sum(map(part_bytes, activation_parts(n, k)))
+    return max(general, rounded) + second
 
 
 # Products.
@@ -146,7 +145,7 @@ def is_tiled(weight: Weight) -> bool:
 def bind_plain(x: Tensor, weight: Weight, bias: Weight | None, out: Tensor, scratch: Tensor) -> Call:
     """A weight without int8 kernel: F16 and BF16 straight on their bytes for a few tokens, else as `cpu_float` does."""
     n, k = x.shape
-    if n > FEW or weight.format not in plain.KERNELS or k % plain.MULTIPLE:
+    if n > FEW or not plain_alone(weight):
         if weight.format is not F32 and weight.format not in plain.KERNELS:
             tell_slow(weight.format.name, k)
         return cpu_float.bind_product(x, weight, bias, out, scratch.view(torch.float32), torch.float32)
@@ -220,11 +219,13 @@ def bind_gated_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor
     """Gates go to where the result will be; the second matrix to scratch, for many tokens a panel of rows at a time."""
     x, gate, up = inputs
     x, out = rows_of(x), rows_of(outputs[0])
+    n, d_ff = out.shape
+    if n <= FEW and (plain_alone(gate) or plain_alone(up)):
+        return bind_gated_few(x, gate, up, out, scratch)
     if not (is_tiled(gate) and is_tiled(up)):
         return cpu_float.bind_gated_product(x, gate, up, out, scratch.view(torch.float32), torch.float32)
     use_threads()
     rounded = Activations(x, scratch, (gate, up))
-    n, d_ff = out.shape
     step = d_ff if n <= FEW else UP_ROWS
     flat = out.numpy().reshape(-1)
     ups = rounded.rest.numpy()[: 4 * n * min(step, d_ff)].view(np.float32)
@@ -235,6 +236,26 @@ def bind_gated_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor
         calls.append(rounded.bind_product(up, ups, width, slice(start, start + width)))
         calls.append(bind_close(close, flat, start, d_ff, ups, n, width))
     return in_order(calls)
+
+
+def plain_alone(weight: Weight) -> bool:
+    """Whether a few tokens are multiplied straight on its F16 or BF16."""
+    return weight.format in plain.KERNELS and weight.shape[1] % plain.MULTIPLE == 0
+
+
+def bind_gated_few(x: Tensor, gate: Weight, up: Weight, out: Tensor, scratch: Tensor) -> Call:
+    """A few tokens, and a pair of which one at least has no int8 kernel: each in its own type."""
+    use_threads()
+    n, d_ff = out.shape
+    second, rest = scratch[: 4 * n * d_ff].view(torch.float32).view(n, d_ff), scratch[gated_bytes(n, d_ff) :]
+    flat, ups = out.numpy().reshape(-1), second.numpy().reshape(-1)
+    products = bind_products(x, (gate, up), (None, None), (out, second), rest)
+    return in_order([products, bind_close(norms.GATE[n * d_ff >= MANY_NUMBERS], flat, 0, d_ff, ups, n, d_ff)])
+
+
+def gated_bytes(n: int, d_ff: int) -> int:
+    """The second products of a few tokens."""
+    return part_bytes(((n * d_ff,), np.float32))
 
 
 def bind_close(

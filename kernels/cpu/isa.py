@@ -53,14 +53,14 @@ def find_level() -> str:
     """The best level for the processor that numba compiles for: the host, or what NUMBA_CPU_NAME and
     NUMBA_CPU_FEATURES say. AURICLE_SIMD chooses a lower one. Raises SimdError for one that does not exist or needs
     more than the processor has."""
-    possible = levels_of(*_processor())
+    possible = levels_of(*processor())
     chosen = os.environ.get(VARIABLE) or possible[0]
     if chosen not in possible:
         raise SimdError(f"{VARIABLE} is {chosen!r}; here it can be one of: {', '.join(possible)}")
     return chosen
 
 
-def _processor() -> tuple[str, str]:
+def processor() -> tuple[str, str]:
     """Its name and its features as LLVM writes them (`+avx2,-sse4a`); empty where LLVM cannot tell."""
     from llvmlite import binding
     from numba import config

@@ -25,7 +25,7 @@ from numba.core.compiler import Compiler
 from numba.core.registry import cpu_target
 
 from .. import formats
-from .isa import find_level
+from .isa import find_level, processor
 
 CACHE_VARIABLE = "AURICLE_CACHE"
 OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp", "afn"}}
@@ -118,8 +118,8 @@ def cache_folder() -> Path:
 
 @cache
 def fingerprint() -> str:
-    """Of all that a compiled kernel depends on, but for the processor, which numba looks at itself."""
-    return stamp([*Path(__file__).parent.glob("*.py"), Path(formats.__file__)], find_level())
+    """Of all that a compiled kernel depends on; two processors that share a home have a folder each."""
+    return stamp([*Path(__file__).parent.glob("*.py"), Path(formats.__file__)], " ".join((find_level(), *processor())))
 
 
 def stamp(sources: Iterable[Path], level: str) -> str:

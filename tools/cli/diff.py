@@ -150,6 +150,8 @@ def check_settings(settings: DiffSettings) -> None:
         raise OptionError("--sensitivity needs the exact file to compare with: --against F16.gguf")
     if settings.probe not in ("tensor", "layer"):
         raise OptionError(f"--probe is {settings.probe!r}; it is tensor or layer")
+    if settings.html is not None and settings.html == settings.sensitivity:
+        raise OptionError(f"--html and --sensitivity both name {settings.html}; give each a file of its own")
     if settings.official and not settings.checkpoint:
         raise OptionError("--official needs the folder of the weights, too: --checkpoint DIR")
 
