@@ -216,23 +216,24 @@ def in_order(calls: Sequence[Call]) -> Call:
 
 
 def bind_gated_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor) -> Call:
-    """Gates go to where the result will be; the second matrix to scratch, for many tokens a panel of rows at a time."""
+    """Gates go to where the result will be, second products to scratch; of many tokens a panel of rows at a time."""
     x, gate, up = inputs
     x, out = rows_of(x), rows_of(outputs[0])
     n, d_ff = out.shape
-    if n <= FEW and (plain_alone(gate) or plain_alone(up)):
+    tiled = is_tiled(gate) and is_tiled(up)
+    if n <= FEW and (tiled or plain_alone(gate) or plain_alone(up)):
         return bind_gated_few(x, gate, up, out, scratch)
-    if not (is_tiled(gate) and is_tiled(up)):
+    if not tiled:
         return cpu_float.bind_gated_product(x, gate, up, out, scratch.view(torch.float32), torch.float32)
     use_threads()
     rounded = Activations(x, scratch, (gate, up))
-    step = d_ff if n <= FEW else UP_ROWS
+    most = min(UP_ROWS, d_ff)
     flat = out.numpy().reshape(-1)
-    ups = rounded.rest.numpy()[: 4 * n * min(step, d_ff)].view(np.float32)
-    close = norms.GATE[n * min(step, d_ff) >= MANY_NUMBERS]
+    ups = rounded.rest.numpy()[: 4 * n * most].view(np.float32)
+    close = norms.GATE[n * most >= MANY_NUMBERS]
     calls = [rounded.encode, rounded.bind_product(gate, flat, d_ff)]
-    for start in range(0, d_ff, step):
-        width = min(step, d_ff - start)
+    for start in range(0, d_ff, most):
+        width = min(most, d_ff - start)
         calls.append(rounded.bind_product(up, ups, width, slice(start, start + width)))
         calls.append(bind_close(close, flat, start, d_ff, ups, n, width))
     return in_order(calls)
@@ -244,7 +245,7 @@ def plain_alone(weight: Weight) -> bool:
 
 
 def bind_gated_few(x: Tensor, gate: Weight, up: Weight, out: Tensor, scratch: Tensor) -> Call:
-    """A few tokens, and a pair of which one at least has no int8 kernel: each in its own type."""
+    """A few tokens: both matrices whole, each in its own type."""
     use_threads()
     n, d_ff = out.shape
     second, rest = scratch[: 4 * n * d_ff].view(torch.float32).view(n, d_ff), scratch[gated_bytes(n, d_ff) :]

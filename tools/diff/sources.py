@@ -36,14 +36,19 @@ class Source(Protocol):
 
 
 @dataclass
-class StageFile:
-    """Stages in a safetensors file, under their own names."""
+class StoredStages:
+    """Stages in a file: no values inside them, and no weights."""
 
     rounds = frozenset()
     path: Path
     has_ops: bool = False
     formats: Mapping[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageFile(StoredStages):
+    """Stages in a safetensors file, under their own names."""
 
     def __post_init__(self) -> None:
         from safetensors import SafetensorError, safe_open
@@ -96,14 +101,8 @@ def from_archive(name: str) -> tuple[str, Part] | None:
 
 
 @dataclass
-class StageArchive:
+class StageArchive(StoredStages):
     """Stages in a GGUF file, as the C++ peer archives them, or under their own names."""
-
-    rounds = frozenset()
-    path: Path
-    has_ops: bool = False
-    formats: Mapping[str, str] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with open_gguf(self.path) as file:
