@@ -75,7 +75,7 @@ ARGUMENTS: dict[str, Sequence[types.Type]] = {
 def functions() -> Iterator[tuple[str, Any, Sequence[types.Type]]]:
     for name, arguments in ARGUMENTS.items():
         yield name, getattr(simd, name), arguments
-    arrays = {block.WORK: BYTES, block.CODES: BYTES, block.SCALES: REALS, block.SUMS: REALS}
+    arrays = {0: BYTES, block.CODES: BYTES, block.SCALES: REALS, block.SUMS: REALS}
     for group, wide in ((32, False), (16, True)):
         step = block.make_block(group, wide, 1 << 16, 1 << 12)
         names = step._defn.__signature__.parameters

@@ -16,7 +16,7 @@ from .emit import ANY, F32, FLOAT, I32, INT, LANES, LEVEL, Code, Value, define, 
 # The shape of a block: as many sums as the registers of the machine hold.
 STRIPS, TOKENS = (4, 4) if LEVEL == "vnni" else (1, 4)
 
-CODES, SCALES, SUMS = 5, 7, 8  # the arrays among the arguments of `add`; the work space is the first
+CODES, SCALES, SUMS = 5, 7, 8  # the arrays among the arguments of `add`; the work space is argument 0
 
 
 def make_block(group: int, wide: bool, strip_bytes: int, minima_at: int) -> Any:
