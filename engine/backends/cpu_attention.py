@@ -16,6 +16,7 @@ Tensor = torch.Tensor
 Call = Callable[[], None]
 
 SCORE_BYTES = 32 << 20  # of attention scores at a time
+BLOCK_TOKENS = 128  # query tokens at a time: few enough that little is multiplied that causality hides
 HEAD_BYTES = 16 << 20  # of keys and values in float32 at a time, but always one head
 
 
@@ -31,7 +32,6 @@ def bind_block_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Ten
     def call() -> None:
         n_slots = int(positions[-1]) + 1
         n_heads = min(n_kv_head, half // (n_slots * d), max(1, scores.numel() // (group * n_slots)))
-        slots = torch.arange(n_slots)
         for first in range(0, n_kv_head, n_heads):
             h = min(n_heads, n_kv_head - first)
             k, v = (
@@ -39,20 +39,28 @@ def bind_block_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Ten
                 for cache, memory in ((k_cache, keys), (v_cache, values))
             )
             heads = slice(first * group, (first + h) * group)
-            step = max(1, scores.numel() // (group * h * n_slots))
+            step = min(BLOCK_TOKENS, max(1, scores.numel() // (group * h * n_slots)))
             for start in range(0, n_tokens, step):
-                block = q[start : start + step, heads]  # [n, h * group, d]
-                n = block.shape[0]
-                rows = block.reshape(n, h, group, d).transpose(0, 1).reshape(h, n * group, d)
-                weights = scores[: h * n * group * n_slots].view(h, n * group, n_slots)
-                torch.bmm(rows, k.transpose(1, 2), out=weights).mul_(1 / math.sqrt(d))
-                later = slots > positions[start : start + n, None]
-                weights.view(h, n, group, n_slots).masked_fill_(later[:, None], -math.inf)
-                torch.softmax(weights, -1, out=weights)
-                mixed = torch.bmm(weights, v, out=rows).view(h, n, group, d)
-                out[start : start + n, heads] = mixed.transpose(0, 1).reshape(n, h * group, d)
+                seen = positions[start : start + step]
+                out[start : start + step, heads] = attend(q[start : start + step, heads], k, v, seen, scores)
 
     return call
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
+    """Queries [n, h * group, d] on the keys and values [h, n_slots, d] up to their positions [n]; in q's shape.
+    `scores`: flat work space. What no query of the block may see is not multiplied at all."""
+    n, (h, _, d) = q.shape[0], k.shape
+    n_slots = int(positions[-1]) + 1
+    k, v = k[:, :n_slots], v[:, :n_slots]
+    rows = q.reshape(n, h, -1, d).permute(1, 2, 0, 3).reshape(h, -1, d)  # [h, group * n, d]
+    weights = scores[: rows.shape[0] * rows.shape[1] * n_slots].view(h, -1, n_slots)
+    later = torch.arange(n_slots) > positions[:, None]
+    weights.view(h, -1, n, n_slots).copy_(torch.zeros(n, n_slots).masked_fill_(later, -math.inf))
+    weights.baddbmm_(rows, k.transpose(1, 2), alpha=1 / math.sqrt(d))
+    torch.softmax(weights, -1, out=weights)
+    mixed = torch.bmm(weights, v, out=rows).view(h, -1, n, d)
+    return mixed.permute(2, 0, 1, 3).reshape(q.shape)
 
 
 def read_heads(cache: CacheTensor, heads: range, out: Tensor) -> Tensor:
@@ -82,7 +90,8 @@ def block_scratch(node: Node) -> int:
 
 
 def block_bytes(node: Node) -> int:
-    """The mask of a block, its queries, and what a matrix library packs of one head's keys and values."""
+    """The mask of a block in two types, its queries, and what a matrix library packs of one head's keys and values."""
     q, k = node.inputs[:2]
     n_ctx, _, d = k.shape
-    return n_ctx * (min(q.shape[0], max(1, SCORE_BYTES // (4 * n_ctx))) + 8 * d) + 2 * q.nbytes
+    n = min(q.shape[0], BLOCK_TOKENS, max(1, SCORE_BYTES // (4 * n_ctx)))
+    return n_ctx * (5 * n + 8 * d) + 2 * q.nbytes
