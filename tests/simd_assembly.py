@@ -21,6 +21,7 @@ isa.find_level = lambda: LEVEL  # before the vocabulary asks
 
 from auricle.kernels.cpu import block, simd  # noqa: E402
 from auricle.kernels.cpu.emit import F32, I32  # noqa: E402
+from auricle.kernels.cpu.tiles import TILES  # noqa: E402
 
 BYTES, REALS = types.Array(types.uint8, 1, "C"), types.Array(types.float32, 1, "C")
 AT, WORD, REAL = types.int64, types.uint32, types.float32
@@ -76,10 +77,10 @@ def functions() -> Iterator[tuple[str, Any, Sequence[types.Type]]]:
     for name, arguments in ARGUMENTS.items():
         yield name, getattr(simd, name), arguments
     arrays = {0: BYTES, block.CODES: BYTES, block.SCALES: REALS, block.SUMS: REALS}
-    for group, wide in ((32, False), (16, True)):
-        step = block.make_block(group, wide, 1 << 16, 1 << 12)
+    for tile in TILES.values():
+        step = block.make_block(tile, 1 << 16, 1 << 12)
         names = step._defn.__signature__.parameters
-        yield f"block_{group}", step, [arrays.get(i, AT) for i in range(len(names) - 1)]
+        yield f"block_{tile.format.name}", step, [arrays.get(i, AT) for i in range(len(names) - 1)]
 
 
 def emit_module() -> ir.Module:

@@ -176,14 +176,16 @@ def products(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     results["matvec"] = np.empty(len(weight), np.float32)
     matvec.ONE[Q8_0](weight, codes[0], scales[0], sums[0], results["matvec"])
 
-    weight, padded = given["Q4_K"], matmul.padded(n)
+    padded = matmul.padded(n)
     groups = np.empty((k // 32, padded, 32), np.uint8), *np.empty((2, k // 32, padded), np.float32)
-    halves_ = np.empty((2, k // 16, padded), np.float32)
-    activations.encode_groups(x, False, *groups, *halves_)
+    halves = np.empty((k // 16, padded), np.float32), np.empty((k // 16, padded), np.int32)
     work = np.full((1, matmul.work_bytes(padded)), 255, np.uint8)
-    results["matmul"] = np.full((n, len(weight)), np.nan, np.float32)
-    flat = [part.ravel() for part in groups]
-    matmul.KERNELS[Q4_K](weight, n, padded, *flat, work, results["matmul"].ravel(), len(weight))
+    for name, fmt, scaled in (("matmul", Q4_K, groups[1:]), ("matmul_wide", Q8_0, halves)):
+        activations.encode_groups(x, fmt is Q8_0, *groups, *halves)
+        weight, out = given[fmt.name], np.full((n, len(given[fmt.name])), np.nan, np.float32)
+        flat = [part.ravel() for part in (groups[0], *scaled)]
+        matmul.KERNELS[fmt](weight, n, padded, *flat, work, out.ravel(), len(weight))
+        results[name] = out
     return results
 
 

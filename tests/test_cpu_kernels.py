@@ -134,7 +134,8 @@ def encode_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def encode_groups(x: np.ndarray, fine: bool) -> tuple[np.ndarray, ...]:
     n, k = x.shape
     m = matmul.padded(n)
-    made = (np.full((k // 32, m, 32), 255, np.uint8), *nans(2, k // 32, m), *nans(2, k // 16, m))
+    code_sums = np.full((k // 16, m), -1, np.int32)
+    made = (np.full((k // 32, m, 32), 255, np.uint8), *nans(2, k // 32, m), nans(k // 16, m), code_sums)
     activations.encode_groups(x, fine, *made)
     return made
 
@@ -175,17 +176,17 @@ def test_rounded_rows() -> None:
 @pytest.mark.parametrize("fine", [False, True])
 def test_rounded_groups(fine: bool) -> None:
     x = hard_activations(5, 768)
-    codes, scales, sums, half_scales, half_sums = encode_groups(x, fine)
+    codes, scales, sums, half_scales, code_sums = encode_groups(x, fine)
     taken, length = taken_groups(codes, half_scales, 5), 16 if fine else 32
     bound = np.repeat(np.abs(x.reshape(5, -1, length)).max(axis=2) / 127, length, axis=1)
     assert (np.abs(taken - x) <= 0.500001 * bound).all()
     halves = taken.reshape(5, 3, 8, 2, 16)[:, :, ORDER].sum(axis=-1).reshape(5, 48)  # in the order of tiles
-    np.testing.assert_allclose(half_sums[:, :5].T, halves, rtol=1e-6, atol=0)
+    np.testing.assert_allclose((half_scales * code_sums)[:, :5].T, halves, rtol=1e-6, atol=0)
     if not fine:
         np.testing.assert_array_equal(half_scales[::2], scales)
         np.testing.assert_array_equal(half_scales[1::2], scales)
         np.testing.assert_allclose(sums[:, :5].T, halves.reshape(5, 24, 2).sum(axis=2), rtol=1e-6, atol=0)
-    for part in (codes, half_scales, half_sums):
+    for part in (codes, half_scales, code_sums):
         assert not part[:, 5:].any(), "tokens that fill up a block are zero"
 
 
@@ -210,9 +211,9 @@ def multiply_many(data: np.ndarray, fmt: Format, x: np.ndarray, spare: int = 0) 
     """`spare`: columns of `out` that lie beyond those of the product."""
     fine = tiles.TILES[fmt].group == 16
     n, m = len(x), matmul.padded(len(x))
-    codes, scales, sums, half_scales, half_sums = encode_groups(x, fine)
+    codes, scales, sums, half_scales, code_sums = encode_groups(x, fine)
     out, work = nans(n, len(data) + spare), np.full((2, matmul.work_bytes(n)), 255, np.uint8)
-    used = (half_scales, half_sums) if fine else (scales, sums)
+    used = (half_scales, code_sums) if fine else (scales, sums)
     flat = [part.reshape(-1) for part in (codes, *used)]
     matmul.KERNELS[fmt](data, n, m, *flat, work, out.reshape(-1), len(data) + spare)
     assert np.isnan(out[:, len(data) :]).all()

@@ -196,6 +196,8 @@ def test_products(made: dict[str, np.ndarray]) -> None:
     scales = np.repeat(coarse.astype(np.float64) / 127, 32, axis=1)
     expected = (np.rint(x / scales) * scales) @ dequantize(GIVEN["Q4_K"], Q4_K).astype(np.float64).T
     assert np.linalg.norm(made["matmul"] - expected) <= 2e-6 * np.linalg.norm(expected)
+    expected = taken @ dequantize(GIVEN["Q8_0"], Q8_0).astype(np.float64).T
+    assert np.linalg.norm(made["matmul_wide"] - expected) <= 2e-6 * np.linalg.norm(expected)
 
 
 def test_each_level_uses_its_instructions(made: dict[str, np.ndarray]) -> None:

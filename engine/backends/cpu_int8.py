@@ -72,9 +72,9 @@ def activation_parts(n: int, k: int) -> list[Part]:
     if n <= FEW:
         return [((n, k), np.uint8), ((n, k // 16), np.float32), ((n, k // 16), np.float32)]
     m, groups = matmul.padded(n), k // GROUP
-    whole, halves = ((groups, m), np.float32), ((2 * groups, m), np.float32)
+    whole, halves, sums = ((groups, m), np.float32), ((2 * groups, m), np.float32), ((2 * groups, m), np.int32)
     work = ((thread_count(), matmul.work_bytes(n)), np.uint8)
-    return [((groups, m, GROUP), np.uint8), whole, whole, halves, halves, work]
+    return [((groups, m, GROUP), np.uint8), whole, whole, halves, sums, work]
 
 
 def scratch_bytes(node: Node) -> int:

@@ -60,10 +60,10 @@ def encode_rows(x, codes, scales, sums):
 
 
 @kernel(parallel=True)
-def encode_groups(x, fine, codes, scales, sums, half_scales, half_sums):
-    """x float32 [n, k] to codes uint8 [k / 32, m, 32], scales and sums float32 [k / 32, m], half_scales and half_sums
-    [k / 16, m], all in the order of tiles. Tokens n .. m - 1 become zero. `fine`: a scale for each 16; then `scales`
-    and `sums` mean nothing."""
+def encode_groups(x, fine, codes, scales, sums, half_scales, code_sums):
+    """x float32 [n, k] to codes uint8 [k / 32, m, 32], scales and sums float32 [k / 32, m], half_scales float32 and
+    code_sums int32 (without their scale) [k / 16, m], all in the order of tiles. Tokens n .. m - 1 become zero. `fine`:
+    a scale for each 16; then `scales` and `sums` mean nothing."""
     n_tokens, k = x.shape
     for t in prange(scales.shape[1]):
         for g in range(k // GROUP):
@@ -76,5 +76,5 @@ def encode_groups(x, fine, codes, scales, sums, half_scales, half_sums):
                 codes[p, t] = 0
             scales[p, t] = a
             half_scales[2 * p, t], half_scales[2 * p + 1, t] = a, b
-            half_sums[2 * p, t], half_sums[2 * p + 1, t] = a * np.float32(low), b * np.float32(high)
+            code_sums[2 * p, t], code_sums[2 * p + 1, t] = low, high
             sums[p, t] = a * np.float32(low + high)

@@ -1,6 +1,6 @@
 """The innermost step of the mat-mat, unrolled: 32 weights of some strips of rows, times some tokens, in registers.
 
-A strip is sixteen rows side by side, one a lane. Knows where `matmul.py` puts things; knows no type but by the length
+A strip is sixteen rows side by side, one a lane. Knows where `matmul.py` puts things; knows of a type only the length
 of its groups and the range of its codes.
 """
 
@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import types
 
 from .emit import ANY, F32, FLOAT, I32, INT, LANES, LEVEL, Code, Value, define, multiply_bytes
+from .tiles import Tile
 
 # The shape of a block: as many sums as the registers of the machine hold.
 STRIPS, TOKENS = (4, 4) if LEVEL == "vnni" else (1, 4)
@@ -19,11 +20,14 @@ STRIPS, TOKENS = (4, 4) if LEVEL == "vnni" else (1, 4)
 CODES, SCALES, SUMS = 5, 7, 8  # the arrays among the arguments of `add`; the work space is argument 0
 
 
-def make_block(group: int, wide: bool, strip_bytes: int, minima_at: int) -> Any:
-    """The step for a type with one scale for each `group` weights, 16 or 32; `wide` codes reach 255.
+def make_block(tile: Tile, strip_bytes: int, minima_at: int) -> Any:
+    """The step for a type. `strip_bytes`: from one strip to the next in the work space; `minima_at`: from scales to
+    minima there.
 
-    `strip_bytes`: from one strip to the next in the work space; `minima_at`: from scales to minima there.
+    Where one code means 0 everywhere, the sums begin at what that code would add for each weight, below zero: then
+    no minima are needed.
     """
+    group = tile.group
     strips, tokens = range(STRIPS), range(TOKENS)
 
     @define(types.void, *[ANY] * 11)
@@ -43,8 +47,8 @@ def make_block(group: int, wide: bool, strip_bytes: int, minima_at: int) -> Any:
     ) -> None:
         """Adds to `totals` the products of 32 weights. Of the first strip: `words`, `factors` and `totals` are the
         bytes of `work` where its codes, its scales and its sums are; those of the next strip are `totals_step` bytes
-        further. Token t has its codes at byte `at` + 32 t, its scale and its sum at i + t; those of the second half of
-        16 are `half_step` further."""
+        further. Token t has its codes at byte `at` + 32 t, its scale and its sum (of codes, int32, where there are no
+        minima) at i + t; those of the second half of 16 are `half_step` further."""
         b = code.builder
 
         def place(first: Value, *offsets: int) -> Value:
@@ -54,19 +58,24 @@ def make_block(group: int, wide: bool, strip_bytes: int, minima_at: int) -> Any:
             return code.fill(code.read(array, index, lane, argument), vector)
 
         for half in range(32 // group):
-            products = _multiply(
-                code, work, words, codes, at, strip_bytes, range(half * group // 4, (half + 1) * group // 4), wide
-            )
             first = b.add(i, b.mul(half_step, half_step.type(half)))
             x_scales = [repeat(scales, place(first, t), FLOAT, SCALES, F32.ir) for t in tokens]
-            x_sums = [repeat(sums, place(first, t), FLOAT, SUMS, F32.ir) for t in tokens]
+            kind = (INT[32], I32.ir) if tile.zero else (FLOAT, F32.ir)
+            x_sums = [repeat(sums, place(first, t), kind[0], SUMS, kind[1]) for t in tokens]
+            starts = [code.constant(I32.ir, 0)] * TOKENS
+            if tile.zero:
+                starts = [b.sub(starts[0], b.shl(x, code.constant(I32.ir, tile.zero.bit_length() - 1))) for x in x_sums]
+            picked = range(half * group // 4, (half + 1) * group // 4)
+            products = _multiply(code, work, words, codes, at, strip_bytes, picked, starts, tile.wide)
             for s in strips:
                 factor = code.read(work, place(factors, s * strip_bytes, 64 * half), F32.ir)
                 minimum = code.read(work, place(factors, s * strip_bytes, 64 * half, minima_at), F32.ir)
                 row = b.add(totals, b.mul(totals_step, totals_step.type(s)))
                 for t in tokens:
                     target = code.pointer(work, place(row, 4 * LANES * t), F32.ir)
-                    total = code.fma(minimum, x_sums[t], b.load(target, align=4))
+                    total = b.load(target, align=4)
+                    if not tile.zero:
+                        total = code.fma(minimum, x_sums[t], total)
                     scaled = b.fmul(b.sitofp(products[s, t], F32.ir), factor)
                     b.store(code.fma(scaled, x_scales[t], total), target, align=4)
 
@@ -74,11 +83,20 @@ def make_block(group: int, wide: bool, strip_bytes: int, minima_at: int) -> Any:
 
 
 def _multiply(
-    code: Code, work: Value, words: Value, codes: Value, at: Value, strip_bytes: int, picked: range, wide: bool
+    code: Code,
+    work: Value,
+    words: Value,
+    codes: Value,
+    at: Value,
+    strip_bytes: int,
+    picked: range,
+    starts: list[Value],
+    wide: bool,
 ) -> dict[tuple[int, int], Value]:
-    """Sums of products of bytes over the `picked` words (of four weights each), for each strip and token."""
+    """Sums of products of bytes over the `picked` words (of four weights each), for each strip and token; those of
+    token t begin at `starts[t]`."""
     b = code.builder
-    products = {(s, t): code.constant(I32.ir, 0) for s in range(STRIPS) for t in range(TOKENS)}
+    products = {(s, t): starts[t] for s in range(STRIPS) for t in range(TOKENS)}
     for word in picked:
         weights = [
             code.read(work, b.add(words, words.type(s * strip_bytes + 64 * word)), I32.ir) for s in range(STRIPS)

@@ -47,9 +47,10 @@ def work_bytes(n_tokens: int) -> int:
 
 
 @inline
-def _unpack(decode, n_bytes, blocks, first, last, row_bytes, n_tiles, work, floats, to):
+def _unpack(decode, parts, n_bytes, blocks, first, last, row_bytes, n_tiles, work, floats, to):
     """Rows first … first + 15 (the last row again for those beyond it), `n_tiles` tiles from the start of `blocks`, to
-    codes [word of 4 weights][lane], scales and negative minima [16 weights][lane] from byte `to` of `work` on."""
+    codes [word of 4 weights][lane], scales and, with six `parts`, negative minima [16 weights][lane] from byte `to` of
+    `work` on."""
     for tile in range(n_tiles):
         for lane in range(LANES):
             c0, c1, c2, c3, scales, minima = decode(blocks, min(first + lane, last) * row_bytes + tile * n_bytes)
@@ -59,9 +60,10 @@ def _unpack(decode, n_bytes, blocks, first, last, row_bytes, n_tiles, work, floa
             store_bytes(work, row + 128, c2)
             store_bytes(work, row + 192, c3)
             store(floats, (row + TILE) // 4, scales)
-            store(floats, (row + TILE + 64) // 4, lanes_float(0.0) - minima)
+            if parts == 6:
+                store(floats, (row + TILE + 64) // 4, lanes_float(0.0) - minima)
         scaled = to + CODE_BYTES + tile * 64 * LANES
-        for part in range(6):  # of a row's 64 bytes each: codes, scales, minima
+        for part in range(parts):  # of a row's 64 bytes each: codes, scales, minima
             target = to + (4 * tile + part) * 64 * LANES if part < 4 else scaled + (part - 4) * SCALE_BYTES
             transpose(work, SPARE + 64 * part, ROW_BYTES, work, target)
 
@@ -99,7 +101,7 @@ def _write(floats, n, n_tokens, first, n_out, out, stride):
 def multiply(weight, n_tokens, n, codes, scales, sums, work, out, stride):
     """weight uint8 [n_out, row_bytes] times `n_tokens` tokens, padded to `n`, as `encode_groups` makes them (flat), to
     columns 0 .. n_out - 1 of out float32, whose rows are `stride` long (flat). `scales` and
-    `sums` are those of the type's groups.
+    `sums` (of codes, int32, for a type without minima) are those of the type's groups.
     work uint8 [n_threads, work_bytes(n)]."""
     n_out, row_bytes = weight.shape
     n_tiles = row_bytes // n_bytes
@@ -113,9 +115,8 @@ def multiply(weight, n_tokens, n, codes, scales, sums, work, out, stride):
             n_panel = min(PANEL, n_tiles - tile)
             for s in range(STRIPS):
                 first, to = chunk * rows + s * LANES, s * STRIP_BYTES
-                _unpack(
-                    decode, n_bytes, blocks[tile * n_bytes :], first, n_out - 1, row_bytes, n_panel, own, floats, to
-                )
+                panel = blocks[tile * n_bytes :]
+                _unpack(decode, parts, n_bytes, panel, first, n_out - 1, row_bytes, n_panel, own, floats, to)
             _multiply_panel(add, group, own, n_panel * 8, codes, scales, sums, tile * 8, n)
         for s in range(STRIPS):
             first = chunk * rows + s * LANES
@@ -123,12 +124,13 @@ def multiply(weight, n_tokens, n, codes, scales, sums, work, out, stride):
                 _write(floats[TOTALS // 4 + s * LANES * n :], n, n_tokens, first, n_out, out, stride)
 
 
-decode = add = group = n_bytes = None  # given by `specialise`
+decode = add = group = n_bytes = parts = None  # given by `specialise`
 
 
 def _for_type(tile: Tile) -> Any:
-    step = block.make_block(tile.group, tile.wide, STRIP_BYTES, SCALE_BYTES)
+    step = block.make_block(tile, STRIP_BYTES, SCALE_BYTES)
     given = {"decode": tile.decode, "add": step, "group": tile.group, "n_bytes": tile.n_bytes}
+    given["parts"] = 5 if tile.zero else 6
     return specialise(multiply, tile.format.name, parallel=True, **given)
 
 

@@ -128,12 +128,18 @@ def decode_q8_0(blocks, at):
 class Tile:
     """How kernels read a type. `group`: how many products of bytes the mat-mat sums up before it scales them: 32, or 16
     where each 16 weights have a scale, or where weights are so exact that the rounding of activations costs most, so
-    that those need one. `wide`: codes reach 255."""
+    that those need one. `zero`: the code of the weight 0, a power of two, where it is the same everywhere; then the
+    minima say nothing that the scales do not."""
 
     format: Format
     decode: Any
     group: int
-    wide: bool = False
+    zero: int = 0
+
+    @property
+    def wide(self) -> bool:
+        """Whether codes reach 255."""
+        return self.zero > 64
 
     @property
     def n_bytes(self) -> int:
@@ -146,7 +152,7 @@ TILES: dict[Format, Tile] = {
     for tile in (
         Tile(Q4_K, decode_q4_k, 32),
         Tile(Q5_K, decode_q5_k, 32),
-        Tile(Q6_K, decode_q6_k, 16),
-        Tile(Q8_0, decode_q8_0, 16, wide=True),
+        Tile(Q6_K, decode_q6_k, 16, zero=32),
+        Tile(Q8_0, decode_q8_0, 16, zero=128),
     )
 }
