@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
@@ -150,3 +151,15 @@ def test_the_next_process_does_not_compile(folder: Path) -> None:
     ]
     assert [run.stderr.count("compiling") for run in runs] == [1, 0]
     assert runs[0].stdout == runs[1].stdout == "[96. 96. 96.]\n"
+
+
+def test_kernels_of_versions_that_nobody_uses_go(tmp_path: Path) -> None:
+    old, recent, current, foreign = (tmp_path / name for name in ("a" * 16, "b" * 16, "c" * 16, "models"))
+    for path, days in ((old, 31), (recent, 29), (current, 31), (foreign, 400)):
+        path.mkdir()
+        (path / "kernel.nbc").write_bytes(b"x")
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    jit.sweep(tmp_path, current.name)
+    assert {path.name for path in tmp_path.iterdir()} == {recent.name, current.name, foreign.name}
+    assert time.time() - current.stat().st_mtime < 60
+    jit.sweep(tmp_path / "nothing", current.name)

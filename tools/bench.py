@@ -83,10 +83,10 @@ class Opening:
     first_op_s: float
 
 
-def open_timed(open_model: Callable[[], Model], backend: str) -> tuple[Model, Opening]:
+def open_timed(open_model: Callable[[], Model], backend: str, precision: str | None = None) -> tuple[Model, Opening]:
     """Opens a model under the stopwatch; nothing of the backend should have been imported before."""
     clock = [time.perf_counter()]
-    _import_libraries(backend)
+    _import_libraries(backend, precision)
     clock.append(time.perf_counter())
     model = open_model()
     runtime = model.runtime
@@ -97,8 +97,8 @@ def open_timed(open_model: Callable[[], Model], backend: str) -> tuple[Model, Op
     return model, Opening(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[1])
 
 
-def _import_libraries(backend: str) -> None:
-    find_backend(backend)
+def _import_libraries(backend: str, precision: str | None) -> None:
+    find_backend(backend, precision)
     from ..engine import memory, runtime  # noqa: F401
 
 
@@ -167,9 +167,15 @@ def fill_cache(model: Model, n_tokens: int) -> None:
 
 
 def run_bench(
-    open_model: Callable[[], Model], backend: str, audio: Path | None = None, seconds: float = 60.0, say: Say = print
+    open_model: Callable[[], Model],
+    backend: str,
+    audio: Path | None = None,
+    seconds: float = 60.0,
+    say: Say = print,
+    precision: str | None = None,
 ) -> dict[str, Any]:
-    """Opens a model and measures for about `seconds`; plain data, for JSON.
+    """Opens a model and measures for about `seconds`; plain data, for JSON. `backend` and `precision` are those that
+    `open_model` takes.
 
     The first round warms up; its figures stand apart, under `first_run`. The others are medians over the rounds after
     it, of which there is at least one, unless the first took LONG_S. `audio`: None takes a sound that is made here.
@@ -180,7 +186,7 @@ def run_bench(
     source = make_speech(CLIP_SECONDS) if audio is None else audio
     rate = SAMPLE_RATE if audio is None else None
     end = time.perf_counter() + seconds
-    model, opening = open_timed(open_model, backend)
+    model, opening = open_timed(open_model, backend, precision)
     from ..engine.memory import peak_bytes
 
     with model:
@@ -201,6 +207,7 @@ def run_bench(
             "name": str(model.file.metadata.get("general.name", "")),
             "file_bytes": Path(model.file.path).stat().st_size,
             "backend": model.backend.name,
+            "precision": precision,
             "kv_type": model.kv_format.name.lower(),
             "audio": None if audio is None else str(audio),
             "clip_s": first.clip_s,

@@ -10,7 +10,10 @@ import hashlib
 import logging
 import os
 import pickle
+import shutil
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -22,12 +25,15 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from .. import formats
 from .isa import find_level, processor
 
 CACHE_VARIABLE = "AURICLE_CACHE"
+KEPT_DAYS = 30  # since the last use of a version of the kernels
+STAMP_LENGTH = 16
 OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp", "afn"}}
 
 log = logging.getLogger("auricle.kernels")
@@ -102,9 +108,25 @@ def specialise(template: Callable[..., Any], name: str, *, parallel: bool = Fals
 
 
 def prepare() -> None:
-    """Loads what numba would load when the first kernel is called: a quarter of a second."""
-    cpu_target.typing_context.refresh()
-    cpu_target.target_context.refresh()
+    """Loads what numba would load when the first kernel is called, a quarter of a second; throws away kernels of
+    versions that are no longer used."""
+    with global_compiler_lock:  # two models may be opened at once
+        cpu_target.typing_context.refresh()
+        cpu_target.target_context.refresh()
+    sweep(cache_folder(), fingerprint())
+
+
+def sweep(folder: Path, current: str) -> None:
+    """Removes the folders of kernels that nobody has used for KEPT_DAYS; `current` is marked as used now."""
+    with suppress(OSError):  # it may not be there yet, or be another user's
+        os.utime(folder / current)
+        for other in folder.iterdir():
+            if is_stamp(other.name) and time.time() - other.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def is_stamp(name: str) -> bool:
+    return len(name) == STAMP_LENGTH and set(name) <= set("0123456789abcdef")
 
 
 def cache_folder() -> Path:
@@ -127,7 +149,7 @@ def stamp(sources: Iterable[Path], level: str) -> str:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {level}".encode())
     for path in sorted(sources):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:STAMP_LENGTH]
 
 
 class _Folder(_CacheLocator):

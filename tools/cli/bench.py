@@ -30,7 +30,10 @@ def bench(
     """
     from ..bench import run_bench
 
-    facts = run_bench(settings.open, settings.backend, audio, seconds, lambda line: print(line, file=sys.stderr))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    facts = run_bench(settings.open, settings.backend, audio, seconds, say, settings.precision)
     if settings.as_json:
         print(json.dumps(facts, allow_nan=False))
         return
@@ -73,5 +76,5 @@ def machine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", memory),
         ("reading it", f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, of which decoding takes {share:.0%}"),
         ("software", ", ".join(versions)),
-        ("backend", f"{facts['backend']}, KV cache {facts['kv_type']}"),
+        ("backend", f"{facts['backend']}, precision {facts['precision'] or 'auto'}, KV cache {facts['kv_type']}"),
     ]
