@@ -50,13 +50,17 @@ def test_a_model_of_one_thread_beside_one_of_two(path: Path) -> None:
 
 def test_another_python_thread(path: Path) -> None:
     """numba keeps the number of threads for each Python thread; a new one begins with all cores."""
-    answers: list[tuple[int, ...]] = []
+    answers: list[tuple[tuple[int, ...], int]] = []
+
+    def work() -> None:
+        answers.append((model.generate(audio=JFK, max_new_tokens=8).token_ids, numba.get_num_threads()))
+
     with load(path, threads=1) as model:
         want = model.generate(audio=JFK, max_new_tokens=8).token_ids
-        worker = threading.Thread(target=lambda: answers.append(model.generate(audio=JFK, max_new_tokens=8).token_ids))
+        worker = threading.Thread(target=work)
         worker.start()
         worker.join()
-    assert answers == [want]
+    assert answers == [(want, 1)]
 
 
 def test_the_number_of_threads_is_what_was_asked_for(path: Path) -> None:

@@ -101,8 +101,12 @@ class Activations:
         parts = activation_parts(self.n, self.k)
         self._x, self._arrays = x.numpy(), carve(scratch, parts)
         self.rest = scratch[sum(map(part_bytes, parts)) :]
+        self._n_threads = thread_count()
 
     def encode(self) -> None:
+        """Goes before the products, and sets the number of threads for them: numba keeps one for each thread that
+        calls, each of those threads has its work space here, and another model may have set it since."""
+        numba.set_num_threads(self._n_threads)
         if self.n <= FEW:
             activations.encode_rows(self._x, *self._arrays)
         else:
@@ -121,13 +125,7 @@ class Activations:
         kernel, n, m, work = matmul.KERNELS[fmt], self.n, matmul.padded(self.n), self._arrays[5]
         codes, *whole_and_halves = flat
         scales, sums = whole_and_halves[:2] if TILES[fmt].group == GROUP else whole_and_halves[2:]
-        n_threads = len(work)
-
-        def call() -> None:
-            numba.set_num_threads(n_threads)  # each has its work space; another model or thread may have set it since
-            kernel(data, n, m, codes, scales, sums, work, out, stride)
-
-        return call
+        return lambda: kernel(data, n, m, codes, scales, sums, work, out, stride)
 
 
 def file_bytes(weight: Weight) -> np.ndarray:
