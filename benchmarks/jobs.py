@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from auricle.engine import Model, load
+from auricle.engine.answer import GenerateOptions
 from auricle.engine.kv_cache import cache_bytes
+from auricle.engine.sampling import Sampler
 from auricle.tools.bench import (
     CLIP_SECONDS,
     FIGURES,
     N_NEW,
     SAMPLE_RATE,
-    decode_steps,
     fill_cache,
     make_speech,
     open_timed,
@@ -62,7 +64,7 @@ def job_clip(a: argparse.Namespace) -> dict[str, float]:
         rounds = repeat(lambda: run_round(model, sound, SAMPLE_RATE, n_new), a.rounds)
     figures = {name: median(getattr(r, name) for r in rounds) for name in FIGURES}
     facts = {"clip_s": clip_s, "prompt_tokens": rounds[0].prompt_tokens, "new_tokens": n_new, "rounds": len(rounds)}
-    return facts | figures | {"peak_rss_bytes": peak_bytes()}
+    return facts | figures | {"peak_rss_bytes": peak_bytes()} | peak_of_gpu(a)
 
 
 def job_contexts(a: argparse.Namespace) -> list[dict[str, float]]:
@@ -70,13 +72,21 @@ def job_contexts(a: argparse.Namespace) -> list[dict[str, float]]:
     rows = []
     with open_model(a) as model:
         d = model.config.decoder
+        model.runtime.decode(1000, max(a.sizes))  # a cache that grows has room for as many then
         fill_cache(model, max(a.sizes))
         for context in a.sizes:
-            logits = model.runtime.decode(1000, context)
-            steps = [s for _ in range(a.rounds) for s in decode_steps(model, logits, context + 1, STEPS + 1)[2]]
+            steps = [s for _ in range(a.rounds) for s in time_steps(model, context)]
             n_bytes = cache_bytes(d.num_layers, context, d.num_kv_heads, d.head_dim, model.kv_format)
             rows.append({"context": context, "step_s": median(steps), "kv_bytes": n_bytes})
     return rows
+
+
+def time_steps(model: Model, context: int) -> list[float]:
+    """Seconds of each of some tokens after `context` tokens, the first of them not counted."""
+    clock = []
+    for _ in model.runtime.steps(1000, context, STEPS + 1, Sampler(GenerateOptions())):
+        clock.append(time.perf_counter())
+    return [b - a for a, b in pairwise(clock)]
 
 
 def job_encoder(a: argparse.Namespace) -> dict[str, float]:
@@ -85,12 +95,22 @@ def job_encoder(a: argparse.Namespace) -> dict[str, float]:
 
     def run() -> float:
         start = time.perf_counter()
-        model.runtime.encode(heard.mels)
+        rows = model.runtime.encode(heard.mels)
+        model.backend.device.fetch(rows[-1][-1])  # which waits until they are there
         return time.perf_counter() - start
 
     with open_model(a) as model:
         heard = model.listen(np.resize(make_speech(CLIP_SECONDS), clip_s * SAMPLE_RATE), SAMPLE_RATE)
         return {"clip_s": clip_s, "encoder_s": median(repeat(run, a.rounds))}
+
+
+def peak_of_gpu(a: argparse.Namespace) -> dict[str, int]:
+    """The most memory that PyTorch had allocated on the card; nothing where there is none."""
+    if a.backend != "cuda":
+        return {}
+    import torch
+
+    return {"peak_gpu_bytes": torch.cuda.max_memory_allocated()}
 
 
 def repeat(run: Callable[[], Any], n_rounds: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The worker of `peers.py` that runs the PyTorch model: `peer_torch.py MODEL THREADS DTYPE`.
+"""The worker of other benchmarks that runs the PyTorch model: `peer_torch.py MODEL THREADS DTYPE [DEVICE]`.
 
 The model of `tools/oracle` (transformers' parts, attention by `scaled_dot_product_attention` as is their default) in
 the shape of a model file, with random weights of its own: time does not depend on what they are.
@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -62,7 +63,7 @@ def checkpoint_config(c: MossAudioConfig) -> dict[str, Any]:
 
 
 def build_model(c: MossAudioConfig, dtype: torch.dtype) -> MossAudio:
-    """Instantiated without memory, then filled matrix by matrix."""
+    """Instantiated without memory, then filled matrix by matrix, on the default device."""
     with torch.device("meta"):
         model = MossAudio(checkpoint_config(c))
     torch.manual_seed(0)
@@ -77,6 +78,9 @@ def build_model(c: MossAudioConfig, dtype: torch.dtype) -> MossAudio:
         layer.self_attn.config._attn_implementation = "sdpa"
     for module in (model.audio_encoder.conv1, *model.audio_encoder.layers):  # mels, positions and masks are float32
         module.register_forward_pre_hook(lambda _, given: tuple(x.to(dtype) for x in given))
+    device = torch.get_default_device()  # ids and mels come from numpy, and with them they go there
+    model.language_model.embed_tokens.register_forward_pre_hook(lambda _, given: (given[0].to(device),))
+    model.audio_encoder.register_forward_pre_hook(lambda _, given: ([mel.to(device) for mel in given[0]], given[1]))
     return model.eval()
 
 
@@ -95,27 +99,41 @@ def draw(shape: torch.Size, pool: Tensor, dtype: torch.dtype) -> Tensor:
 class Reference:
     """The tasks, over one model."""
 
-    def __init__(self, path: str, threads: int, dtype: torch.dtype) -> None:
+    def __init__(self, path: str, threads: int, dtype: torch.dtype, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
-        self.dtype = dtype
+        torch.set_default_device(device)
+        self.dtype, self.device = dtype, device
         with load(path) as model:
             self.config = model.config
             self.file = path
         self.oracle = Oracle(build_model(self.config, dtype))
 
-    def clip(self, n_new: int) -> dict[str, float]:
-        """One clip to one token, and to `n_new`."""
-        first, n_first = self._answer(1), 1
-        whole = self._answer(n_new) if n_new > n_first else first
-        return {"first_token_s": first, "real_time_factor": whole / CLIP_SECONDS}
+    def clip(self, n_new: int, clip_s: float = CLIP_SECONDS) -> dict[str, float]:
+        """One clip to one token, and to `n_new`. `encoder_s`: to the rows that the decoder takes."""
+        (first, encoder), n_first = self._answer(1, clip_s), 1
+        whole = self._answer(n_new, clip_s)[0] if n_new > n_first else first
+        return {"first_token_s": first, "encoder_s": encoder, "real_time_factor": whole / clip_s}
 
-    def _answer(self, n_new: int) -> float:
-        samples = make_speech(CLIP_SECONDS)
+    def _answer(self, n_new: int, clip_s: float) -> tuple[float, float]:
+        """Seconds of the whole and of the encoder."""
+        samples = np.resize(make_speech(CLIP_SECONDS), round(clip_s * SAMPLE_RATE))
         with load(self.file) as model:  # for its tokens alone; opening it is not counted
             start = time.perf_counter()
             heard, prompt = hear(model, samples, SAMPLE_RATE, n_new)
-        self.oracle.trace(heard.mels, prompt.ids, prompt.audio_rows >= 0, ignore, n_new, all_logits=False)
-        return time.perf_counter() - start
+        last, clock = (f"deepstack.{self.config.n_inject - 1}" if self.config.n_inject else "adapter"), [self._wait()]
+
+        def look(name: str, value: Tensor) -> None:
+            if name == last:
+                clock.append(self._wait())
+
+        self.oracle.trace(heard.mels, prompt.ids, prompt.audio_rows >= 0, look, n_new, all_logits=False)
+        return self._wait() - start, clock[1] - clock[0]
+
+    def _wait(self) -> float:
+        """The time when all that was asked for is done."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     @torch.inference_mode()
     def decode(self, context: int, n_new: int) -> float:
@@ -123,26 +141,23 @@ class Reference:
         model, d = self.oracle.model, self.config.decoder
         cache = DynamicCache()
         for n in range(d.num_layers):
-            k, v = torch.randn(2, 1, d.num_kv_heads, context, d.head_dim).to(self.dtype)
+            k, v = torch.randn(2, 1, d.num_kv_heads, context, d.head_dim, dtype=self.dtype)
             cache.update(k, v, n)
         token = torch.tensor([[1000]])
         clock = []
         for _ in range(n_new + 1):  # the first is not counted
-            clock.append(time.perf_counter())
+            clock.append(self._wait())
             out = model.language_model(input_ids=token, past_key_values=cache, use_cache=True)
             token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
-        return n_new / (time.perf_counter() - clock[1])
+        return n_new / (self._wait() - clock[1])
 
     def peak(self) -> int:
-        return peak_bytes()
-
-
-def ignore(name: str, value: Tensor) -> None:
-    """Takes no stage."""
+        """Bytes of this process, or those on the card."""
+        return peak_bytes() if self.device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def main() -> None:
-    reference = Reference(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]))
+    reference = Reference(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), *sys.argv[4:])
     serve({name: getattr(reference, name) for name in ("clip", "decode", "peak")})
 
 

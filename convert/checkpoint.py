@@ -58,7 +58,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     shards, listed = _find_shards(directory)
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
-        for tensor in _read_header(shard):
+        for tensor in read_header(shard):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise ConversionError(f"tensor {tensor.name} is in both {other} and {shard.name}: remove one of them")
@@ -104,8 +104,11 @@ def _find_shards(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     return tuple(directory / name for name in names), listed
 
 
-def _read_header(shard: Path) -> list[SourceTensor]:
-    """The tensors of one file, in file order; layout: u64 header length, JSON header, data without gaps."""
+def read_header(shard: Path) -> list[SourceTensor]:
+    """The tensors of one safetensors file, in file order; layout: u64 header length, JSON header, data without gaps.
+
+    Raises ConversionError for a file that is none, is cut short or contradicts itself.
+    """
     try:
         with shard.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

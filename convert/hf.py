@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.gguf import Typed, boolean, string, u32
+from ..engine.lora import LoraSpec
 from ..engine.mel import hann_window, mel_filters
 from .checkpoint import CONFIG, FLOATS, Checkpoint, open_checkpoint, read_json
 from .hyperparameters import Hyperparameters, check_mel, look_up, read_hyperparameters
+from .merge import plan_merge
 from .names import moss_audio as names
 from .names.table import Target, compare, evaluate_shape, expand, fold
 from .plan import ConversionPlan, Wanted, describe_types, make_plan
@@ -34,13 +36,16 @@ def plan_conversion(
     type_name: str = DEFAULT,
     overrides: Sequence[Rule] = (),
     importance: Mapping[str, np.ndarray] | None = None,
+    *,
+    lora: Sequence[LoraSpec] = (),
 ) -> ConversionPlan:
     """Plan the conversion of a Hugging Face folder to a GGUF file of the recipe `type_name`.
 
-    `overrides` go before the recipe's rules; `importance` is {GGUF name: float32 [n_cols]}.
+    `overrides` go before the recipe's rules; `importance` is {GGUF name: float32 [n_cols]}; the adapters `lora` are
+    merged into the weights.
     Raises ConversionError for a checkpoint that does not match the name table exactly (both lists in the message),
     wrong shapes and dtypes, a configuration or tokenizer that is missing, wrong or unsupported, importances of another
-    width and overrides that match nothing.
+    width and overrides that match nothing; LoraError as `read_loras` does.
     """
     recipe = find_recipe(type_name)
     checkpoint = open_checkpoint(checkpoint_dir)
@@ -63,11 +68,14 @@ def plan_conversion(
         **_describe_tokens(checkpoint, vocabulary, audio_ids),
     }
     metadata |= _complete_tokenizer(vocabulary.metadata(), metadata)
+    shapes = {target.name: target.shape for target in targets.values()}
+    adapters, merged = plan_merge(lora, names.ARCHITECTURE, shapes, checkpoint.directory)
     wanted = [Wanted(target.name, target.shape, source) for source, target in targets.items()]
     computed = _compute(settings)
     wanted += [Wanted(name, values.shape) for name, values in computed.items()]
     notes = vocabulary.notes + tuple(f"{name} is left out: {why}" for name, why in dropped.items())
-    plan = make_plan(checkpoint, wanted, recipe, metadata, overrides=overrides, importance=importance, notes=notes)
+    choices = {"overrides": overrides, "importance": importance, "adapters": adapters, "notes": notes}
+    plan = make_plan(checkpoint, wanted, recipe, metadata | merged, **choices)
     return replace(plan, computed=computed, dropped=dropped, hash_source=True)
 
 

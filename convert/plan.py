@@ -14,6 +14,7 @@ import numpy as np
 
 from ..engine.gguf import DEFAULT_ALIGNMENT, Typed, u32
 from ..engine.gguf_write import Layout, plan_layout
+from ..engine.lora import LowRank
 from ..engine.models.moss_audio import PART_NAMES, part_of
 from ..kernels.formats import F32, Format
 from .names.table import fold
@@ -52,6 +53,7 @@ class PlanRow:
 class ConversionPlan:
     """What `stream.convert` will do. Iterating gives the rows; `notes` are what a user should be told.
 
+    `adapters` are added to the weights of their tensors on the way.
     With `hash_source` the metadata states the SHA-256 of the source's files, which are zeros until they are written.
     """
 
@@ -63,6 +65,7 @@ class ConversionPlan:
     layout: Layout
     importance: Mapping[str, np.ndarray]
     notes: tuple[str, ...]
+    adapters: Mapping[str, LowRank] = field(default_factory=dict)
     computed: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     hash_source: bool = False
@@ -113,6 +116,7 @@ def make_plan(
     *,
     overrides: Sequence[Rule] = (),
     importance: Mapping[str, np.ndarray] | None = None,
+    adapters: Mapping[str, LowRank] | None = None,
     alignment: int = DEFAULT_ALIGNMENT,
     notes: tuple[str, ...] = (),
 ) -> ConversionPlan:
@@ -128,7 +132,8 @@ def make_plan(
         n_blocks = sum(row.format.length > 1 for row in rows)
         n_used = sum(row.format.length > 1 and row.target in used for row in rows)
         notes += (f"importance weighs {n_used} of {n_blocks} quantised tensors",)
-    return ConversionPlan(source, recipe, metadata, rows, alignment, _lay_out(metadata, rows, alignment), used, notes)
+    layout = _lay_out(metadata, rows, alignment)
+    return ConversionPlan(source, recipe, metadata, rows, alignment, layout, used, notes, adapters or {})
 
 
 def describe_types(recipe: Recipe) -> dict[str, Typed]:

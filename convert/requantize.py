@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.gguf import GGUFFile, Typed, align, open_gguf
+from ..engine.lora import LoraSpec
 from .budget import BUDGET_KEYS, Budget, free_names
+from .merge import MERGED_KEY, plan_merge
 from .plan import ConversionPlan, PlanRow, Wanted, describe_types, make_plan
 from .recipes import DEFAULT, Recipe, Rule, find_recipe
 from .source import ConversionError, source_of_gguf
@@ -23,19 +25,25 @@ def plan_requantization(
     overrides: Sequence[Rule] = (),
     importance: Mapping[str, np.ndarray] | None = None,
     *,
+    lora: Sequence[LoraSpec] = (),
     allow_requantize: bool = False,
     budget: Budget | None = None,
 ) -> ConversionPlan:
     """Plan the file that `in_path` becomes with the recipe `type_name`; tensors that keep their type are copied.
 
     With `budget` the recipe is made to measure instead; the tensors that `overrides` name are left to them. The
-    metadata is copied with its types, but for `general.file_type` and what a budget adds. Raises ConversionError for
-    quantised weights that would be quantised again (unless allowed), importances of another width, overrides that match
-    nothing, and a budget that cannot be met or was measured on another model; GGUFError as `open_gguf` does.
+    adapters `lora` are merged into the weights. The metadata is copied with its types, but for `general.file_type` and
+    what a budget or a merge adds. Raises ConversionError for quantised weights that would be quantised again (unless
+    allowed), importances of another width, overrides that match nothing, and a budget that cannot be met or was
+    measured on another model; GGUFError as `open_gguf` does, LoraError as `read_loras` does.
     """
     with open_gguf(in_path) as file:
         source = source_of_gguf(file)
         metadata = {key: value for key, value in file.types.items() if not key.startswith(BUDGET_KEYS)}
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        known = file.get("general.architecture"), shapes, in_path, file.get(MERGED_KEY)
+        adapters, merged = plan_merge(lora, *known)
+        metadata |= merged
         alignment, notes = file.alignment, ()
         if budget is None:
             recipe = find_recipe(type_name)
@@ -46,10 +54,10 @@ def plan_requantization(
             notes = (note,)
     metadata |= describe_types(recipe)
     wanted = [Wanted(name, tensor.shape, name) for name, tensor in source.tensors.items()]
-    choices = {"overrides": overrides, "importance": importance}
+    choices = {"overrides": overrides, "importance": importance, "adapters": adapters}
     plan = make_plan(source, wanted, recipe, metadata, **choices, alignment=alignment, notes=notes)
     assert budget is None or plan.total_bytes <= budget.target_bytes, f"{plan.total_bytes=} {budget.target_bytes=}"
-    twice = [row for row in plan if _loses_twice(row)]
+    twice = [row for row in plan if _loses_twice(row, row.target in adapters)]
     if twice and not allow_requantize:
         raise ConversionError(
             f"{in_path} is quantised: {twice[0].target} and {len(twice) - 1} others would lose a second time "
@@ -77,5 +85,5 @@ def _spend(budget: Budget, file: GGUFFile, metadata: dict[str, Typed], overrides
     return budget.make_recipe(shapes, overrides, plan.total_bytes - spent, file.alignment)
 
 
-def _loses_twice(row: PlanRow) -> bool:
-    return row.source_format.length > 1 and row.format.length > 1 and row.format is not row.source_format
+def _loses_twice(row: PlanRow, changed: bool) -> bool:
+    return row.source_format.length > 1 and row.format.length > 1 and (changed or row.format is not row.source_format)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..engine.lora import LowRank
 from ..kernels.dequantize import dequantize
 from ..kernels.formats import BF16, F16, F32
 from ..kernels.quantize import QuantizationError, quantize
@@ -31,16 +32,21 @@ def split_rows(source: Source, row: PlanRow) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, tensor.n_rows)
 
 
-def encode_slab(source: Source, row: PlanRow, importance: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop` in the row's type: uint8, flat. Rows that have it already are copied to the bit.
+def encode_slab(
+    source: Source, row: PlanRow, importance: np.ndarray | None, start: int, stop: int, adapter: LowRank | None = None
+) -> np.ndarray:
+    """Rows `start` to `stop` in the row's type, `adapter` added: uint8, flat. Rows that have the type already are
+    copied to the bit, unless something is added.
 
     Raises ConversionError, with name and position, for weights that are not finite or do not fit the type.
     """
     raw = source.read_bytes(row.source, start, stop)
-    if row.source_format is row.format:
+    if row.source_format is row.format and adapter is None:
         _check_stored(raw, source, row, start)
         return raw.reshape(-1)
     values = dequantize(raw, row.source_format).reshape(-1, row.shape[-1])
+    if adapter is not None:
+        values = values + adapter.rows(start, stop)
     try:
         encoded = quantize(values, row.format, importance)
     except QuantizationError as error:

@@ -87,6 +87,8 @@ def _fingerprint(plan: ConversionPlan, layout: Layout) -> str:
         digest.update(repr([(state.st_size, state.st_mtime_ns) for state in states]).encode())
     for name, importance in sorted(plan.importance.items()):
         digest.update(name.encode() + importance.tobytes())
+    for name, adapter in sorted(plan.adapters.items()):
+        digest.update(name.encode() + adapter.a.tobytes() + adapter.b.tobytes())
     return digest.hexdigest()
 
 
@@ -139,7 +141,8 @@ def _tasks(plan: ConversionPlan, row: PlanRow) -> Iterator[Callable[[], tuple[Pl
 
 
 def _encode(plan: ConversionPlan, row: PlanRow, start: int, stop: int, at: int) -> tuple[PlanRow, int, np.ndarray]:
-    return row, at, encode_slab(plan.source, row, plan.importance.get(row.target), start, stop)
+    importance, adapter = plan.importance.get(row.target), plan.adapters.get(row.target)
+    return row, at, encode_slab(plan.source, row, importance, start, stop, adapter)
 
 
 def _n_weights(row: PlanRow) -> int:

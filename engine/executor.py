@@ -62,40 +62,49 @@ class Program:
         states: Mapping[str, Any],
         arena: torch.Tensor | None = None,
         poison: bool = False,
+        inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """`arena`: uint8, at least `draft.plan.arena_bytes`; None allocates just that. `poison`: fill the arena with
-        NaN before each run, so that a kernel that leaves a result unwritten is found."""
-        self.plan = draft.plan
+        NaN before each run, so that a kernel that leaves a result unwritten is found. `inputs`: tensors of the
+        caller's to read instead of the arena's."""
+        self.plan, self.device = draft.plan, draft.backend.device
         self.poison = poison
-        self.arena = torch.empty(self.plan.arena_bytes, dtype=torch.uint8) if arena is None else arena
+        self.arena = self.device.empty(self.plan.arena_bytes) if arena is None else arena
         assert self.arena.numel() >= self.plan.arena_bytes, f"{self.arena.numel()=} {self.plan.arena_bytes=}"
         self._weights, self._states = weights, states
-        self._bound: dict[Value, Any] = {}
         graph = draft.graph
+        self._bound: dict[Value, Any] = {graph.leaves["input", name]: value for name, value in (inputs or {}).items()}
         self.inputs = {leaf.name: self._bind_value(leaf) for leaf in graph.leaves_of("input")}
         self._calls = [call for node in graph.nodes if (call := self._bind_node(node, draft.backend))]
         self.outputs = {name: self._bind_value(graph.stages[name]) for name in draft.capture}
 
     def run(self, feed: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs once on `feed` (an array for each input); gives each captured stage as a view of the arena."""
+        """Runs once on `feed` (an array for each input, or its first rows where no op reads the rest); gives each
+        captured stage as a view of the arena."""
         assert feed.keys() == self.inputs.keys(), f"{sorted(feed)=} {sorted(self.inputs)=}"
         if self.poison:
             self.arena.fill_(POISON)
         for name, tensor in self.inputs.items():
             array = feed[name]
-            assert tuple(array.shape) == tuple(tensor.shape), f"{name}: {array.shape=} {tensor.shape=}"
-            tensor.copy_(torch.as_tensor(array))
+            fits = array.shape[1:] == tensor.shape[1:] and len(array) <= len(tensor)
+            assert fits, f"{name}: {array.shape=} {tensor.shape=}"
+            self.device.fill(tensor, array)
+        self.call()
+        return self.outputs
+
+    def call(self) -> None:
+        """Runs on what the inputs hold."""
         for call in self._calls:
             call()
-        return self.outputs
 
     def _bind_node(self, node: Node, backend: Backend) -> Callable[[], None] | None:
         inputs = tuple(self._bind_operand(x) for x in node.inputs)
         if OPS[node.op].view:
             self._bound[node.outputs[0]] = inputs[0].view(node.outputs[0].shape)
             return None
-        if OPS[node.op].writes:
-            self._bound[node.outputs[0]] = inputs[0]
+        for i, value in enumerate(node.outputs):
+            if (shared := OPS[node.op].shared(i)) is not None:
+                self._bound[value] = inputs[shared]
         outputs = tuple(self._bind_value(v) for v in node.outputs)
         kernel = backend.kernels[node.op]
         scratch = None
@@ -120,7 +129,7 @@ class Program:
         if value.kind == "state":
             return self._states[value.name]
         if value.kind == "constant":
-            return torch.from_numpy(value.data)
+            return self.device.constant(value.data)
         start = self.plan.offsets[value]
         return self.arena[start : start + value.nbytes].view(DTYPES[value.dtype]).view(value.shape)
 
@@ -136,4 +145,5 @@ def compile_graph(
     poison: bool = False,
 ) -> Program:
     """Draft and bind in one step, with an arena of its own."""
-    return Program(draft_graph(graph, backend, capture, feed), weights, states or {}, poison=poison)
+    draft = draft_graph(graph, backend, capture, feed)
+    return Program(draft, lambda name: backend.device.place(weights(name)), states or {}, poison=poison)

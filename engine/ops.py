@@ -9,8 +9,9 @@ list of shapes when the op has several results. All results are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,13 +23,19 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class Op:
     """One row of the table. `view`: the result is the first operand's memory seen with another shape.
-    `writes`: the first operand is a state that the op changes; the result stands for the changed state."""
+    `writes`: the first operand is a state that the op changes; the result stands for the changed state. `changes`: for
+    each result of a fused op that stands for a changed state, the number of that operand."""
 
     name: str
     rule: Callable[..., Shape | list[Shape]] | None = None
     expand: Callable[..., Value | tuple[Value, ...]] | None = None
     view: bool = False
     writes: bool = False
+    changes: Mapping[int, int] = field(default_factory=dict)
+
+    def shared(self, output: int) -> int | None:
+        """The number of the operand whose memory the result number `output` is; None if it has its own."""
+        return 0 if self.view or self.writes else self.changes.get(output)
 
 
 OPS: dict[str, Op] = {}
@@ -49,8 +56,10 @@ def _writes(rule: Callable[..., Shape]) -> Callable[..., Shape]:
     return rule
 
 
-def _fused(expand: Callable[..., Value | tuple[Value, ...]]) -> Callable[..., Value | tuple[Value, ...]]:
-    OPS[expand.__name__] = Op(expand.__name__, expand=expand)
+def _fused(
+    expand: Callable[..., Value | tuple[Value, ...]], changes: Mapping[int, int] | None = None
+) -> Callable[..., Value | tuple[Value, ...]]:
+    OPS[expand.__name__] = Op(expand.__name__, expand=expand, changes=changes or {})
     return expand
 
 
@@ -251,3 +260,49 @@ def add_rms_norm(g: Graph, a: Value, b: Value, weight: Value, *, eps: float) -> 
 def norm_rope(g: Graph, x: Value, weight: Value, positions: Value, *, eps: float, theta: float) -> Value:
     """RMSNorm of each head, then rotary positions: queries and keys on their way to attention."""
     return g.rope(g.rms_norm(x, weight, eps=eps), positions, theta=theta)
+
+
+@partial(_fused, changes={1: 5, 2: 6})
+def norm_rope_store(
+    g: Graph,
+    q: Value,
+    k: Value,
+    v: Value,
+    q_weight: Value,
+    k_weight: Value,
+    k_cache: Value,
+    v_cache: Value,
+    positions: Value,
+    *,
+    eps: float,
+    theta: float,
+) -> tuple[Value, Value, Value]:
+    """All between the products and attention: (norm_rope(q), and the caches that hold norm_rope(k) and v)."""
+    q = g.norm_rope(q, q_weight, positions, eps=eps, theta=theta)
+    k = g.norm_rope(k, k_weight, positions, eps=eps, theta=theta)
+    return q, g.kv_store(k_cache, k, positions), g.kv_store(v_cache, v, positions)
+
+
+@_fused
+def wide_linear(
+    g: Graph,
+    x: Value,
+    norm: tuple[Value, ...] | None,
+    weights: tuple[Value, ...],
+    biases: tuple[Value | None, ...],
+    residual: Value | None,
+    *,
+    eps: float,
+    close: str,
+) -> tuple[Value, ...]:
+    """Linear maps of one x with what stands before and after them. `norm`: the weight of an RMSNorm, or weight and bias
+    of a LayerNorm. `close`: "gate" makes silu(first) * second of two maps, "gelu" is applied to each, "none" is not;
+    then `residual` is added."""
+    if norm is not None:
+        x = g.rms_norm(x, *norm, eps=eps) if len(norm) == 1 else g.layer_norm(x, *norm, eps=eps)
+    if close == "gate":
+        return (g.gated_linear(x, *weights),)
+    results = [g.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    if close == "gelu":
+        results = [g.gelu(y) for y in results]
+    return tuple(results if residual is None else (g.add(residual, y) for y in results))

@@ -67,9 +67,9 @@ def find_memory(graph: Graph) -> dict[Value, Value]:
     """For each value the one whose memory it is: itself, or the root of a chain of views and state changes."""
     memory = {leaf: leaf for leaf in graph.leaves.values()}
     for node in graph.nodes:
-        shares = OPS[node.op].view or OPS[node.op].writes
-        for value in node.outputs:
-            memory[value] = memory[node.inputs[0]] if shares else value
+        for i, value in enumerate(node.outputs):
+            shared = OPS[node.op].shared(i)
+            memory[value] = value if shared is None else memory[node.inputs[shared]]
     return memory
 
 

@@ -116,6 +116,105 @@ def fuse_norm_ropes(graph: Graph, capture: Collection[str] = ()) -> Graph:
     return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
 
 
+def fuse_stores(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """norm_rope(q); kv_store(norm_rope(k)); kv_store(v) on their way to one kv_attention -> norm_rope_store, at the
+    place of the first. Goes after `fuse_norm_ropes`."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    rank = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[Node, tuple[Node, ...]] = {}  # norm_rope of q: that of k, and the two stores
+    for node in graph.nodes:
+        if node.op != "kv_attention":
+            continue
+        q, keys, values = (made_by.get(v) for v in node.inputs[:3])
+        k = made_by.get(keys.inputs[1]) if keys and keys.op == "kv_store" else None
+        if not q or not k or not values or (q.op, k.op, values.op) != ("norm_rope", "norm_rope", "kv_store"):
+            continue
+        alike = q.attrs == k.attrs and private(q.outputs[0]) and private(k.outputs[0])
+        ready = all(rank[made_by[v]] < rank[q] for v in (k.inputs[0], values.inputs[1]) if v in made_by)
+        if alike and ready and rank[q] < rank[k]:
+            found[q] = (k, keys, values)
+    results: dict[Node, Value] = {}
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        if node in results:
+            return (results[node],)
+        if node not in found:
+            return None
+        k, keys, values = found[node]
+        operands = (node.inputs[0], k.inputs[0], values.inputs[1], node.inputs[1], k.inputs[1])
+        operands += (keys.inputs[0], values.inputs[0], node.inputs[2])
+        q, results[keys], results[values] = new.norm_rope_store(*map(current, operands), **node.attrs)
+        return (q,)
+
+    absorbed = {k for k, _, _ in found.values()}
+    return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
+
+
+def widen_linears(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """linear, linears, gated_linear -> wide_linear, which the rules below widen further."""
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        x, *rest = (current(v) for v in node.inputs)
+        if node.op == "gated_linear":
+            return new.wide_linear(x, None, tuple(rest), (None, None), None, eps=0.0, close="gate")
+        if node.op == "linears":
+            return new.wide_linear(x, None, *rest, None, eps=0.0, close="none")
+        if node.op == "linear":
+            weight, bias = (*rest, None)[:2]
+            return new.wide_linear(x, None, (weight,), (bias,), None, eps=0.0, close="none")
+        return None
+
+    return replay(graph, visit)
+
+
+def absorb_norms(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """wide_linear(rms_norm(x)) and wide_linear(layer_norm(x)) -> wide_linear(x, norm)."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    norm_of = {}
+    for node in graph.nodes:
+        norm = made_by.get(node.inputs[0]) if node.op == "wide_linear" else None
+        if norm and norm.op in ("rms_norm", "layer_norm") and private(norm.outputs[0]):
+            norm_of[node] = norm
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        norm = norm_of.get(node)
+        if norm is None:
+            return None
+        rest = (current(v) for v in node.inputs[2:])
+        attrs = {**node.attrs, **norm.attrs}
+        return new.wide_linear(current(norm.inputs[0]), current(norm.inputs[1:]), *rest, **attrs)
+
+    absorbed = set(norm_of.values())
+    return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
+
+
+def absorb_closings(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """gelu(wide_linear(x)), and add(r, wide_linear(x)) in either order -> wide_linear(x) that does it."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    closed: dict[Node, tuple[Node, Value | None]] = {}  # the op that closes: the linear, and what is added
+    for node in graph.nodes:
+        pairs = [(node.inputs[0], None)] if node.op == "gelu" else []
+        if node.op == "add" and node.inputs[0].shape == node.inputs[1].shape:
+            pairs = [node.inputs[::-1], node.inputs]
+        for value, residual in pairs:
+            linear = made_by.get(value)
+            single = linear and linear.op == "wide_linear" and len(linear.outputs) == 1 and private(value)
+            if single and linear.inputs[4] is None and linear.attrs["close"] == "none":
+                closed[node] = (linear, residual)
+                break
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        if node not in closed:
+            return None
+        linear, residual = closed[node]
+        operands = [current(v) for v in (*linear.inputs[:4], residual)]
+        attrs = linear.attrs if residual is not None else {**linear.attrs, "close": "gelu"}
+        return new.wide_linear(*operands, **attrs)
+
+    absorbed = {linear for linear, _ in closed.values()}
+    return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
+
+
 def observe(graph: Graph, capture: Collection[str] = ()) -> Graph:
     """linear(x, w) -> the same, and before it sum_squares(state, x), which is required.
 

@@ -7,29 +7,35 @@ and no sampling.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from ..kernels.formats import Format
+from ..kernels.formats import F16, Format
 from .executor import Draft, Program, draft_graph
 from .graph import label_values
-from .kv_cache import CacheTensor
-from .models.moss_audio import MossAudioConfig, clip_windows, decoder_graph, encoder_graph, token_count
+from .models.moss_audio import MossAudioConfig, clip_windows, decoder_graph, encoder_graph, part_of, token_count
 from .models.qwen3 import Head
 from .prompts import Prompt
 from .rewrite import observe
-from .weights import load_weight
 
 if TYPE_CHECKING:
     from .backends.backend import Backend
     from .gguf import GGUFFile
+    from .sampling import Sampler
 
 MAX_PROGRAMS = 16  # of plain runs; the one not used for longest goes
+ONE_TOKEN = ("decoder", 1, "all", False)
 Arrays = Mapping[str, np.ndarray]
+EncoderPlace = Literal["kept", "dropped", "cpu"]
+
+
+def phase_of(tensor: str) -> str:
+    """What a tensor is for: hearing ("encoder") or writing ("decoder")."""
+    return "encoder" if part_of(tensor) in ("encoder", "adapter", "deepstack") else "decoder"
 
 
 def row_stages(c: MossAudioConfig) -> list[str]:
@@ -99,31 +105,64 @@ class Runtime:
         kv_format: Format,
         poison: bool = False,
         observers: dict[str, torch.Tensor] | None = None,
+        encoder: EncoderPlace = "kept",
     ) -> None:
         """`observers`: takes up the sums that `rewrite.observe` makes, by state, over all runs without `feed`; None
-        observes nothing."""
-        self._observers = observers
+        observes nothing. `encoder`: whether its weights stay beside the decoder's, or each make room for the other's,
+        or the CPU hears instead."""
+        self._observers, self._kv_format, self._encoder = observers, kv_format, encoder
         self.config, self.backend, self.n_ctx, self.poison = config, backend, n_ctx, poison
-        self._weights = partial(load_weight, file)
-        d = config.decoder
-        self.caches = {
-            f"kv.{n}.{part}": CacheTensor((n_ctx, d.num_kv_heads, d.head_dim), kv_format)
-            for n in range(d.num_layers)
-            for part in "kv"
-        }
-        self._programs: dict[tuple, Program] = {}
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._device = backend.device
+        self._weights = self._device.weights(file, phase_of)
+        self._listener = self
+        if encoder == "cpu":
+            self._listener = Runtime(file, config, listening_backend(backend), n_ctx=1, kv_format=F16)
+        self._programs: dict[tuple, Any] = {}
+        self._arena: torch.Tensor | None = None
+        self._phase: str | None = None
+        self.caches: dict[str, Any] = {}
+        self.n_slots = 0
+        self.find_room(0)
+
+    def find_room(self, n_tokens: int, keep: bool = False) -> None:
+        """Sees to it that the cache has a position for each of `n_tokens`; `keep`: and what it holds."""
+        n_slots = self._device.n_slots(n_tokens, self.n_ctx)
+        if n_slots <= self.n_slots and self.caches:
+            return
+        d = self.config.decoder
+        names = [f"kv.{n}.{part}" for n in range(d.num_layers) for part in "kv"]
+        old = self.caches if keep else {}
+        self._programs.clear()  # they are bound to the cache that was
+        self.caches = {}
+        self._device.release()
+        self.caches = self._device.caches(names, (n_slots, d.num_kv_heads, d.head_dim), self._kv_format)
+        self.n_slots = n_slots
+        if old:
+            self._device.copy_caches(old.values(), self.caches.values())
+
+    def _enter(self, phase: str) -> None:
+        """Makes room for what a phase needs, where the other phase cannot stay beside it."""
+        if self._encoder == "dropped" and phase != self._phase:
+            self._programs.clear()
+            self._arena = None
+            self._weights.drop("decoder" if phase == "encoder" else "encoder")
+            if phase == "encoder":
+                self.caches, self.n_slots = {}, 0
+            self._device.release()
+        self._phase = phase
 
     # Encoding.
 
     def encode(self, mels: list[np.ndarray]) -> list[torch.Tensor]:
         """Log-mel spectrograms [n_mels, n_frames], one a clip -> the rows of `row_stages`, each [n_audio, hidden]."""
-        names = row_stages(self.config)
+        self._enter("encoder")
+        names, d_model = row_stages(self.config), self.config.decoder.hidden_size
         windows = [n for mel in mels for n in clip_windows(self.config.encoder, mel.shape[1])]
         n_audio = sum(token_count(n) for n in windows)
-        rows = [torch.empty(n_audio, self.config.decoder.hidden_size) for _ in names]
-        for batch in cut_windows(self.config, mels, self.backend.window_batch):
-            results = self._run_batch(batch, names)
+        memory = self._device.empty(4 * len(names) * n_audio * d_model)
+        rows = list(memory.view(torch.float32).view(len(names), n_audio, d_model))
+        for batch in cut_windows(self.config, mels, self._listener.backend.window_batch):
+            results = self._listener._run_batch(batch, names)
             for name, target in zip(names, rows, strict=True):
                 target[batch.tokens] = results[name]
         return rows
@@ -140,7 +179,7 @@ class Runtime:
         """As `trace_encoder`, batch by batch."""
         for batch in cut_windows(self.config, mels, self.backend.window_batch):
             results = self._run_batch(batch, capture, feed)
-            yield batch, {name: value.numpy().copy() for name, value in results.items()}
+            yield batch, {name: self._device.fetch(value).copy() for name, value in results.items()}
 
     def _run_batch(self, batch: Batch, capture: Collection[str], feed: Arrays | None = None) -> dict[str, torch.Tensor]:
         n_windows, _, _, n_frames = batch.mel.shape
@@ -156,22 +195,42 @@ class Runtime:
 
     # Decoding.
 
-    def prefill(self, prompt: Prompt, rows: list[torch.Tensor]) -> np.ndarray:
+    def prefill(self, prompt: Prompt, rows: list[torch.Tensor], n_new: int = 0) -> np.ndarray:
         """Fills the cache with a prompt from position 0 on; gives the logits after its last token [n_vocab], which the
-        next run overwrites."""
+        next run overwrites. `n_new`: tokens that will come after it, so that the cache need not grow."""
         n = len(prompt.ids)
+        self._enter("decoder")
+        self.find_room(n + n_new)
         step = self.backend.prefill_chunk
         for start in range(0, n, step):
             stop = min(start + step, n)
             head: Head = "last" if stop == n else "none"
             results = self._run_chunk(prompt, rows, slice(start, stop), head, ["logits"] if head == "last" else [])
-        return results["logits"][0].numpy()
+        return self._device.fetch(results["logits"][0])
 
     def decode(self, token: int, position: int) -> np.ndarray:
         """Appends one token to the cache at `position`; gives the logits after it [n_vocab], as `prefill` does."""
-        program = self._program(("decoder", 1, "all", False), ["logits"], None)
+        self.find_room(position + 1, keep=True)
+        program = self._program(ONE_TOKEN, ["logits"], None)
         inputs = {"input_ids": np.array([token], np.int32), "positions": np.array([position], np.int32)}
-        return program.run(inputs)["logits"][0].numpy()
+        return self._device.fetch(program.run(inputs)["logits"][0])
+
+    def steps(self, token: int, position: int, n_steps: int, sampler: Sampler) -> Iterator[int]:
+        """Appends `token` at `position`, and then each token that `sampler` draws, which it gives; `n_steps` of them.
+        Where the backend looks ahead, the cache may already hold one more."""
+        if self.backend.bind_steps is None:
+            history = [token]
+            for i in range(n_steps):
+                history.append(sampler.sample(self.decode(history[-1], position + i), history))
+                yield history[-1]
+            return
+        self.find_room(position + n_steps, keep=True)
+        key = ("steps", *sampler.options.kind)
+        if key not in self._programs:
+            draft = self._fit_arena(draft_program(self.config, self.backend, self.n_slots, ONE_TOKEN, ["logits"]))
+            bind = self.backend.bind_steps
+            self._keep(key, bind(draft, self._weights, self.caches, self._arena, sampler.options.kind, self.n_slots))
+        yield from self._programs[key].run(token, position, n_steps, sampler)
 
     def trace_decoder(
         self, prompt: Prompt, rows: list[torch.Tensor], capture: Collection[str], feed: Arrays
@@ -179,10 +238,12 @@ class Runtime:
         """Any stages of the decoder for every token of the prompt (logits too); the cache is filled as by `prefill`,
         unless something is fed."""
         parts = []
+        self._enter("decoder")
+        self.find_room(len(prompt.ids))
         for start in range(0, len(prompt.ids), self.backend.prefill_chunk):
             chunk = slice(start, min(start + self.backend.prefill_chunk, len(prompt.ids)))
             results = self._run_chunk(prompt, rows, chunk, "all", capture, feed)
-            parts.append({name: value.numpy().copy() for name, value in results.items()})
+            parts.append({name: self._device.fetch(value).copy() for name, value in results.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in capture}
 
     def _run_chunk(
@@ -222,23 +283,41 @@ class Runtime:
             self._programs[full_key] = self._programs.pop(full_key)  # the last used goes last
             return self._programs[full_key]
         observed = self._observers is not None
-        draft = draft_program(self.config, self.backend, self.n_ctx, key, capture, feed or (), observed=observed)
+        draft = draft_program(self.config, self.backend, self.n_slots, key, capture, feed or (), observed=observed)
         states = self.caches | self._sums_of(draft)
         if feed is not None:
             return Program(draft, self._weights, states, poison=self.poison)
-        if self._arena.numel() < draft.plan.arena_bytes:
+        draft = self._fit_arena(draft)
+        return self._keep(full_key, Program(draft, self._weights, states, self._arena, self.poison))
+
+    def _fit_arena(self, draft: Draft) -> Draft:
+        """Sees to it that the arena that plain runs share is large enough."""
+        if self._arena is None or self._arena.numel() < draft.plan.arena_bytes:
             self._programs.clear()
-            self._arena = torch.empty(draft.plan.arena_bytes, dtype=torch.uint8)
+            self._arena = None
+            self._device.release()
+            self._arena = self._device.empty(draft.plan.arena_bytes)
+        return draft
+
+    def _keep(self, key: tuple, program: Any) -> Any:
         if len(self._programs) >= MAX_PROGRAMS:
             self._programs.pop(next(iter(self._programs)))
-        program = Program(draft, self._weights, states, self._arena, self.poison)
-        self._programs[full_key] = program
+        self._programs[key] = program
         return program
 
     def _sums_of(self, draft: Draft) -> dict[str, torch.Tensor]:
         """The observers' states in a program; those it is the first to need begin at zero."""
         leaves = [leaf for leaf in draft.graph.leaves_of("state") if leaf.name not in self.caches]
         return {v.name: self._observers.setdefault(v.name, torch.zeros(v.shape, dtype=torch.float64)) for v in leaves}
+
+
+def listening_backend(backend: Backend) -> Backend:
+    """The CPU's, with the rules that were put before those of `backend` for this model: its adapters."""
+    from .backends import find_backend
+
+    chosen = find_backend("cpu")
+    adapters = tuple(rule for rule in backend.rules if isinstance(rule, partial))
+    return replace(chosen, rules=(*adapters, *chosen.rules))
 
 
 def draft_program(
@@ -266,12 +345,11 @@ def draft_program(
 
 def chunk_rows(index: np.ndarray, rows: list[torch.Tensor]) -> dict[str, np.ndarray | torch.Tensor]:
     """The audio inputs of a chunk: its own rows to the front, numbered from 0; the rest is never read."""
-    n_tokens, used = len(index), index[index >= 0]
+    used = index[index >= 0]
     first, n = (int(used[0]), len(used)) if len(used) else (0, 0)
     inputs: dict[str, np.ndarray | torch.Tensor] = {
         "audio.index": np.where(index >= 0, index - first, -1).astype(np.int32)
     }
     for k, values in enumerate(rows):
-        inputs[f"audio.rows.{k}"] = padded = torch.zeros(n_tokens, values.shape[1])
-        padded[:n] = values[first : first + n]
+        inputs[f"audio.rows.{k}"] = values[first : first + n]
     return inputs

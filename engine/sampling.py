@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,15 @@ from ..kernels.errors import AuricleError
 
 class OptionError(AuricleError):
     """An option has a value outside its range."""
+
+
+class Kind(NamedTuple):
+    """Which parts of the choice are taken: a draw, or else the likeliest; the penalty; top-k and top-p of a draw."""
+
+    drawn: bool
+    penalised: bool
+    top_k: bool
+    top_p: bool
 
 
 @dataclass(frozen=True)
@@ -40,26 +50,35 @@ class SamplingOptions:
         seed_ok = self.seed is None or (_is_whole(self.seed) and self.seed >= 0)
         _require(seed_ok, "--seed", self.seed, "a whole number, 0 or more")
 
+    @property
+    def kind(self) -> Kind:
+        drawn, penalised = self.temperature > 0, self.repetition_penalty != 1
+        return Kind(drawn, penalised, drawn and self.top_k > 0, drawn and self.top_p < 1)
+
 
 class Sampler:
     """Draws token ids; the same options with a seed and the same logits give the same ids."""
 
     def __init__(self, options: SamplingOptions) -> None:
-        self._options = options
+        self.options = options
         self._random = np.random.default_rng(options.seed)
 
     def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """The next id. `logits`: float32 [n_vocab]; `history`: the ids that the repetition penalty looks at."""
-        if self._options.temperature == 0:
-            return _likeliest(penalise(logits, history, self._options.repetition_penalty))
+        if self.options.temperature == 0:
+            return _likeliest(penalise(logits, history, self.options.repetition_penalty))
         ids, probabilities = self.distribution(logits, history)
         cumulative = np.cumsum(probabilities)
         at = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         return int(ids[min(at, len(ids) - 1)])
 
+    def draws(self, n: int) -> np.ndarray:
+        """The random numbers that the next `n` samples would use: float64 [n] from 0 to 1; they count as used."""
+        return self._random.random(n)
+
     def distribution(self, logits: np.ndarray, history: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The ids that survive the filters, ascending, and their probabilities (float64, sum 1)."""
-        options = self._options
+        options = self.options
         assert options.temperature > 0, f"{options.temperature=}"
         scores = penalise(logits, history, options.repetition_penalty)
         best = scores[_likeliest(scores)]

@@ -6,11 +6,13 @@ Knows no terminal and no network. One request at a time a model.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -21,6 +23,7 @@ from .audio import SAMPLE_RATE, load_audio
 from .backends import find_backend
 from .gguf import GGUFFile, open_gguf
 from .kv_cache import KV_FORMATS
+from .lora import LoraSpec, attach_loras
 from .mel import log_mel
 from .models.config import ModelError
 from .models.moss_audio import TIME_MARKERS_DEFAULT, MossAudioConfig, clip_tokens, read_moss_audio
@@ -29,9 +32,12 @@ from .sampling import OptionError, Sampler
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from ..kernels.formats import Format
     from .backends.backend import Backend
-    from .memory import MemoryPlan
+    from .memory import Fit, MemoryPlan
     from .runtime import Runtime
+
+log = logging.getLogger("auricle.session")
 
 MAX_CLIP_SECONDS = 24 * 3600
 SPECIAL_KEYS = ("audio_token_id", "audio_start_id", "audio_end_id")  # under `moss_audio.`
@@ -58,9 +64,17 @@ class Model:
     """An open model file on a backend. Use it as a context manager, or call `close`."""
 
     def __init__(
-        self, file: GGUFFile, backend: Backend, *, n_ctx: int | None, kv_type: str | None, poison: bool
+        self,
+        file: GGUFFile,
+        backend: Backend,
+        *,
+        n_ctx: int | None,
+        kv_type: str | None,
+        poison: bool,
+        memory: int | None = None,
     ) -> None:
-        self.file, self.backend = file, backend
+        """`memory`: bytes that each request must do with."""
+        self.file, self.backend, self._plain_backend = file, backend, backend
         self.config: MossAudioConfig = read_moss_audio(file)
         self.tokenizer = Tokenizer.from_metadata(file.metadata)
         if self.tokenizer.n_tokens != self.config.decoder.vocab_size:
@@ -72,6 +86,7 @@ class Model:
         self.stop_ids = self._find_stop_ids()
         wanted = backend.kv_type if kv_type is None else kv_type
         self.kv_format = KV_FORMATS[check_kv_type(wanted, self.config.decoder.head_dim)]
+        self._kv_formats, self._encoder, self._memory = self._possible_formats(kv_type), "kept", memory
         self.n_ctx = check_context(n_ctx, self.config.decoder.max_position_embeddings)
         key = "moss_audio.time_markers"
         self.time_markers = file.require(key, bool) if key in file.metadata else TIME_MARKERS_DEFAULT
@@ -99,7 +114,7 @@ class Model:
         if self._runtime is None:
             from .runtime import Runtime
 
-            sizes = {"n_ctx": self.n_ctx, "kv_format": self.kv_format}
+            sizes = {"n_ctx": self.n_ctx, "kv_format": self.kv_format, "encoder": self._encoder}
             try:
                 self._runtime = Runtime(self.file, self.config, self.backend, **sizes, poison=self._poison)
             except RuntimeError as error:  # PyTorch's way to say that memory cannot be reserved
@@ -135,6 +150,9 @@ class Model:
                 f"the prompt is {len(ids.ids)} tokens and the context holds {self.n_ctx}; "
                 f"use shorter audio or a larger context (at most {self.config.decoder.max_position_embeddings} here)"
             )
+        if self._memory is not None:
+            frames = tuple(mel.shape[1] for mel in heard.mels)
+            self._adopt(self._fit(frames, ids.ids, chosen.max_new_tokens))
         self._turn += 1
         return Stream(self, heard, ids, chosen, time.perf_counter() - start)
 
@@ -191,8 +209,6 @@ class Model:
         self, clip_seconds: Sequence[float], prompt: str = TASKS["transcribe"], max_new_tokens: int = 1024
     ) -> MemoryPlan:
         """What a request would take in memory; nothing runs. Raises ContextError when it would not fit the context."""
-        from .memory import Request, plan_request
-
         check_whole("max_new_tokens", max_new_tokens)
         for seconds in clip_seconds:
             if not 0.01 <= seconds <= MAX_CLIP_SECONDS:
@@ -205,8 +221,41 @@ class Model:
             raise ContextError(
                 f"the prompt would be {n_prompt} tokens and the context holds {self.n_ctx}; use shorter audio"
             )
-        request = Request(frames, n_prompt, len(np.unique(ids)), min(max_new_tokens, self.n_ctx - n_prompt))
-        return plan_request(self.file, self.config, self.backend, self.kv_format, request)
+        return self._fit(frames, ids, max_new_tokens).plan
+
+    def _possible_formats(self, kv_type: str | None) -> list[Format]:
+        """Of the cache: the one that was asked for, or the backend's and a smaller one to fall back on."""
+        small = KV_FORMATS["q8_0"]
+        free = kv_type is None and self.config.decoder.head_dim % small.length == 0
+        return [self.kv_format, small] if free and self.kv_format is not small else [self.kv_format]
+
+    def _fit(self, clip_frames: tuple[int, ...], ids: np.ndarray, max_new_tokens: int) -> Fit:
+        """How a request is run. Raises ContextError when there is a budget and no way to keep it."""
+        from .memory import Request, find_fit, process_bytes
+
+        n_new = min(max_new_tokens, self.n_ctx - len(ids))
+        request = Request(clip_frames, len(ids), len(np.unique(ids)), n_new)
+        plain, budget = self._plain_backend, sys.maxsize
+        if self._memory is not None:
+            beside = plain.device.beside
+            budget = self._memory - (process_bytes(self.file, plain, self.kv_format) if beside is None else beside)
+        fit, first, least = find_fit(self.file, self.config, plain, self._kv_formats, request, budget)
+        if fit is None:
+            taken = self._memory - budget
+            need, small = (format_gib(f.plan.total + taken) for f in (first, least))
+            raise ContextError(
+                f"--memory {format_gib(self._memory)} does not hold this request, which takes {need}, "
+                f"{format_gib(sum(first.plan.weights.values()))} of it weights; the least it can take is {small}"
+            )
+        return fit
+
+    def _adopt(self, fit: Fit) -> None:
+        """Runs from now on as `fit` says; what was set up otherwise is thrown away."""
+        chosen = (fit.backend, fit.kv_format, fit.encoder)
+        if chosen != (self.backend, self.kv_format, self._encoder):
+            self._runtime = None
+            self.backend, self.kv_format, self._encoder = chosen
+            log.info("to stay within %s: %s", format_gib(self._memory), ", ".join(fit.changes) or "as usual")
 
 
 class Stream:
@@ -242,7 +291,7 @@ class Stream:
         clock = [time.perf_counter()]
         rows = self._model.runtime.encode(self._heard.mels) if self._heard.mels else []
         clock.append(time.perf_counter())
-        logits = self._model.runtime.prefill(self._prompt, rows)
+        logits = self._model.runtime.prefill(self._prompt, rows, self._n_new())
         del rows
         clock.append(time.perf_counter())
         finish_reason = "length"
@@ -268,19 +317,22 @@ class Stream:
             timings=Timings(self._audio_s, *steps),
         )
 
+    def _n_new(self) -> int:
+        """Tokens at most: the budget, or what the context has room for."""
+        return min(self._options.max_new_tokens, self._model.n_ctx - len(self._prompt.ids))
+
     def _tokens(self, logits: np.ndarray) -> Iterator[int | None]:
         """Sampled ids until the budget or the context is used up; None for one that ends the answer."""
-        model, stop_ids, sampler = self._model, self._model.stop_ids, Sampler(self._options)
-        n_prompt = len(self._prompt.ids)
-        history: list[int] = []
-        n_new = min(self._options.max_new_tokens, model.n_ctx - n_prompt)
-        for i in range(n_new):
-            token = sampler.sample(logits, history)
-            yield None if token in stop_ids else token
+        model, sampler, n_prompt = self._model, Sampler(self._options), len(self._prompt.ids)
+        first = sampler.sample(logits, ())
+        following = model.runtime.steps(first, n_prompt, self._n_new() - 1, sampler)
+        for token in chain([first], following):
+            yield None if token in model.stop_ids else token
             self._check_turn()  # the caller may have asked for something else meanwhile
-            history.append(token)
-            if i + 1 < n_new:
-                logits = model.runtime.decode(token, n_prompt + i)
+
+
+def format_gib(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB"
 
 
 def check_kv_type(kv_type: str, d_head: int) -> str:
@@ -305,26 +357,32 @@ def check_context(n_ctx: int | None, n_max: int) -> int:
 def load(
     path: str | os.PathLike,
     *,
-    backend: str = "cpu",
+    backend: str = "auto",
     threads: int | None = None,
     n_ctx: int | None = None,
     kv_type: str | None = None,
     precision: str | None = None,
+    lora: Sequence[LoraSpec] = (),
+    memory: int | None = None,
     poison: bool = False,
 ) -> Model:
     """Opens a GGUF file and checks that it can be run; weights are read when they are needed.
 
-    `backend`: "cpu" or "reference". `threads`: None uses all cores. `n_ctx`: context in tokens, None for the model's
-    maximum. `kv_type`: "f32", "f16" or "q8_0", None for the backend's choice. `precision`: "auto", "exact" or
-    "bf16", see `backends/cpu.py`. `poison`: for tests, see `Program`.
-    Raises GGUFError, ModelError, TokenizerError, BackendError or OptionError, each one line.
+    `backend`: "cuda", "cpu", "reference", or "auto": the GPU if there is one that can be used, else the CPU. `threads`:
+    None uses all cores. `n_ctx`: context in tokens, None for the model's maximum. `kv_type`: "f32", "f16" or "q8_0",
+    None for the backend's choice. `precision`: "auto", "exact" or "bf16", see `backends/cpu.py`. `lora`: adapters, each
+    a path or "path:scale". `memory`: bytes that a request must do with, see `memory.find_fit`; a request that cannot
+    raises ContextError. `poison`: for tests, see `Program`.
+    Raises GGUFError, ModelError (LoraError for an adapter), TokenizerError, BackendError or OptionError, each one line.
     """
     file = open_gguf(path)
     try:
         if threads is not None:
             set_threads(threads)
         chosen = find_backend(backend, precision)
-        return Model(file, chosen, n_ctx=n_ctx, kv_type=kv_type, poison=poison)
+        if lora:
+            file, chosen = attach_loras(file, chosen, [lora] if isinstance(lora, (str, os.PathLike)) else lora)
+        return Model(file, chosen, n_ctx=n_ctx, kv_type=kv_type, memory=memory, poison=poison)
     except AuricleError:
         file.close()
         raise

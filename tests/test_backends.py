@@ -155,7 +155,7 @@ def test_a_k_quant_runs(backend: str) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(BackendError, match="no backend 'tpu'; there are: cpu, reference"):
+    with pytest.raises(BackendError, match="no backend 'tpu'; there are: auto, cpu, cuda, reference"):
         find_backend("tpu")
     with pytest.raises(BackendError, match="--precision is 'int4'; it must be one of: auto, exact, bf16"):
         find_backend("cpu", "int4")

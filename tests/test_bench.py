@@ -173,7 +173,7 @@ def test_a_machine_is_told_in_plain_data() -> None:
         (["-m", "MODEL", "--seconds", "0"], 2, "--seconds is 0"),
         (["-m", "MODEL", "--seconds", "nan"], 2, "--seconds is nan"),
         (["-m", "MODEL", "--threads", "0"], 2, "--threads is 0"),
-        (["-m", "MODEL", "--backend", "tpu"], 2, "there are: cpu, reference"),
+        (["-m", "MODEL", "--backend", "tpu"], 2, "there are: auto, cpu, cuda, reference"),
         (["-m", "MODEL", "--kv-type", "q2"], 2, "f32, f16, q8_0"),
         (["-m", "MODEL", "--ctx", "200"], 5, "213 tokens and the context holds 200"),
     ],

@@ -181,8 +181,9 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], int, str]]:
         "a model that is audio": (["transcribe", JFK, "-m", JFK], 3, "not a GGUF file"),
         "a temperature": (transcribe("blip.wav", "--temperature", "-1"), 2, "--temperature"),
         "a context": (transcribe("blip.wav", "--ctx", "99999999"), 2, "--ctx is 99999999"),
+        "two prompts": (transcribe("blip.wav", "--timestamps", "--prompt", "What?"), 2, "leave out one"),
         "a cache type": (transcribe("blip.wav", "--kv-type", "q2"), 2, "f32, f16, q8_0"),
-        "a backend": (transcribe("blip.wav", "--backend", "tpu"), 2, "there are: cpu, reference"),
+        "a backend": (transcribe("blip.wav", "--backend", "tpu"), 2, "there are: auto, cpu, cuda, reference"),
         "threads": (transcribe("blip.wav", "--threads", "0"), 2, "--threads is 0"),
         "no checkpoint": (["convert", folder / "nothing", "-o", folder / "x.gguf"], 6, "nothing"),
         "a weight type": (["convert", folder / "checkpoint", "-o", folder / "x.gguf", "--type", "q9"], 6, "q9"),
@@ -195,8 +196,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], int, str]]:
 BAD = [
     "no such file", "a directory", "an empty file", "text", "a truncated mp3", "10 ms", "NaN", "a long prompt",
     "no model", "a cut model", "another architecture", "a model that is audio", "a temperature", "a context",
-    "a cache type", "a backend", "threads", "no checkpoint", "a weight type", "a duration", "a plan too long",
-    "a file to inspect",
+    "two prompts", "a cache type", "a backend", "threads", "no checkpoint", "a weight type", "a duration",
+    "a plan too long", "a file to inspect",
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from auricle.convert.hf import convert, plan_conversion
 from auricle.engine.sampling import OptionError
 from auricle.tools.cli.app import app, complain
 from auricle.tools.cli.main import run  # noqa: F401  (registers the commands)
-from auricle.tools.diff import page
+from auricle.tools.diff import output, page
 from auricle.tools.diff.figures import figures, show, where
 from auricle.tools.sample import SampleShape, write_checkpoint
 from sounds import encode, synthetic
@@ -389,8 +389,8 @@ def test_a_page_of_the_4b_shape_is_small() -> None:
 def test_writing(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     target.write_text("before")
-    page.check_target(target, [tmp_path / "nothing", None])
-    page.write_page(target, "after ✓")
+    output.check_target(target, [tmp_path / "nothing", None])
+    output.write_text(target, "after ✓")
     assert target.read_text(encoding="utf-8") == "after ✓"
     assert os.listdir(tmp_path) == ["report.html"]
 
@@ -403,16 +403,16 @@ def test_bad_paths_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     target = tmp_path / "model.gguf"
     target.write_text("weights")
-    refuse(lambda: page.check_target(tmp_path / "no" / "x.html", []), "is not a folder: make it first")
-    refuse(lambda: page.check_target(tmp_path, []), "is not a file: write to another path")
-    refuse(lambda: page.check_target(target, [target]), "is an input itself")
-    refuse(lambda: page.write_page(tmp_path / "no" / "x.html", ""), "cannot write .* write elsewhere")
+    refuse(lambda: output.check_target(tmp_path / "no" / "x.html", []), "is not a folder: make it first")
+    refuse(lambda: output.check_target(tmp_path, []), "is not a file: write to another path")
+    refuse(lambda: output.check_target(target, [target]), "is an input itself")
+    refuse(lambda: output.write_text(tmp_path / "no" / "x.html", ""), "cannot write .* write elsewhere")
 
     def fill_up(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page.os, "fsync", fill_up)
-    refuse(lambda: page.write_page(target, "page"), "No space left on device; make room or write elsewhere")
+    monkeypatch.setattr(output.os, "fsync", fill_up)
+    refuse(lambda: output.write_text(target, "page"), "No space left on device; make room or write elsewhere")
     assert target.read_text() == "weights", "what was there is as it was"
     assert os.listdir(tmp_path) == ["model.gguf"]
 
@@ -450,7 +450,7 @@ def auricle(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["diff", *map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         return complain(result.exception), str(result.exception)
-    return result.exit_code, result.output
+    return result.exit_code, result.stdout
 
 
 @pytest.mark.parametrize("mode", [[], ["--isolate"], ["--bisect"]])

@@ -122,8 +122,9 @@ def run_round(model: Model, audio: AudioSource, sample_rate: int | None = None, 
     heard, prompt = hear(model, audio, sample_rate, n_new)
     listened = time.perf_counter()
     rows = model.runtime.encode(heard.mels)
+    model.backend.device.fetch(rows[-1][-1])  # which waits until they are there
     encoded = time.perf_counter()
-    logits = model.runtime.prefill(prompt, rows)
+    logits = model.runtime.prefill(prompt, rows, n_new)
     filled = time.perf_counter()
     _, first, steps = decode_steps(model, logits, len(prompt.ids), n_new)
     return Round(
@@ -144,8 +145,8 @@ def decode_steps(
     sampler = Sampler(GenerateOptions())
     ids = [sampler.sample(logits, ())]
     clock = [time.perf_counter()]
-    for i in range(n_new - 1):
-        ids.append(sampler.sample(model.runtime.decode(ids[-1], position + i), ()))
+    for token in model.runtime.steps(ids[0], position, n_new - 1, sampler):
+        ids.append(token)
         clock.append(time.perf_counter())
     return ids, clock[0], tuple(b - a for a, b in pairwise(clock))
 
@@ -157,6 +158,7 @@ def fill_cache(model: Model, n_tokens: int) -> None:
     """
     import torch
 
+    model.runtime.find_room(n_tokens)
     caches = model.runtime.caches
     shape = next(iter(caches.values())).shape
     for start in range(0, n_tokens, FILL_ROWS):

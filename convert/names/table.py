@@ -106,6 +106,15 @@ def compare(
     return [name for name in targets if name not in names], surplus, dropped
 
 
+def rename(name: str, rows: Iterable[TensorRow]) -> tuple[str, TensorRow] | None:
+    """What the rows call the source tensor `name` in the file, whatever the number of layers, and its row."""
+    for row in rows:
+        pattern = re.escape(row.source).replace(r"\{n\}", "(0|[1-9][0-9]{0,5})")
+        if found := re.fullmatch(pattern, name):
+            return row.target.replace("{n}", found[1] if found.groups() else ""), row
+    return None
+
+
 def fold(names: Iterable[str]) -> list[str]:
     """Names that differ in one layer number alone, written once: `layers.{0-3,7}.fc1.weight`."""
     layers: dict[str, list[int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from ...kernels.errors import AuricleError
@@ -9,7 +10,10 @@ from ...kernels.errors import AuricleError
 if TYPE_CHECKING:
     from .backend import Backend
 
-BACKENDS = ("cpu", "reference")
+log = logging.getLogger("auricle.backends")
+
+BACKENDS = ("cpu", "reference")  # that run on every machine
+CHOICES = ("auto", "cpu", "cuda", "reference")
 
 
 class BackendError(AuricleError):
@@ -19,18 +23,45 @@ class BackendError(AuricleError):
 def find_backend(name: str, precision: str | None = None) -> Backend:
     """The backend called `name`; its libraries are imported now, not before.
 
-    `precision`: one of `cpu.PRECISIONS`, None for `auto`; the reference has one only.
+    `auto` is `cuda` where that runs, else `cpu`. `precision`: one of `cpu.PRECISIONS`, None for `auto`; the other
+    backends have one only. Raises BackendError, one line.
     """
-    if name not in BACKENDS:
-        raise BackendError(f"no backend {name!r}; there are: {', '.join(BACKENDS)}")
+    if name not in CHOICES:
+        raise BackendError(f"no backend {name!r}; there are: {', '.join(CHOICES)}")
     if name == "reference":
         if precision not in (None, "exact"):
             raise BackendError(f"--precision {precision} is not for the reference backend, which is exact")
         from .reference import BACKEND
 
         return BACKEND
+    if name == "cuda" or (name == "auto" and precision is None and has_card()):
+        if precision not in (None, "auto"):
+            raise BackendError(f"--precision {precision} is for the cpu backend; leave it out with cuda")
+        from .cuda_device import check_cuda
+
+        check_cuda()
+        from .cuda import first_card
+
+        return first_card()
     from .cpu import PRECISIONS, make_backend
 
     if precision is not None and precision not in PRECISIONS:
         raise BackendError(f"--precision is {precision!r}; it must be one of: {', '.join(PRECISIONS)}")
     return make_backend(precision or "auto")
+
+
+def has_card() -> bool:
+    """Whether `auto` takes the GPU: says so, and why not when there is one that cannot be used."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    from .cuda_device import check_cuda
+
+    try:
+        check_cuda()
+    except BackendError as error:
+        log.warning("the GPU is left alone: %s", error)
+        return False
+    log.info("computing on %s (--backend cpu for the processor)", torch.cuda.get_device_name())
+    return True

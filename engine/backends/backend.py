@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..device import Device
 from ..graph import Node
 from ..rewrite import Rule
 
@@ -35,7 +36,8 @@ class Kernel:
 @dataclass(frozen=True)
 class Backend:
     """`kv_type`: how it keeps keys and values unless told otherwise. `window_batch`: encoder windows at a time;
-    `prefill_chunk`: prompt tokens at a time. `rounds`: names of the types whose activations it rounds to int8."""
+    `prefill_chunk`: prompt tokens at a time. `rounds`: names of the types whose activations it rounds to int8.
+    `device`: where the numbers are. `bind_steps`: see `cuda_steps.py`; None where tokens are drawn here, one by one."""
 
     name: str
     kernels: Mapping[str, Kernel]
@@ -44,3 +46,5 @@ class Backend:
     window_batch: int
     prefill_chunk: int
     rounds: frozenset[str] = frozenset()
+    device: Device = field(default_factory=Device)
+    bind_steps: Callable[..., Any] | None = None

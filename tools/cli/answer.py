@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,25 +17,38 @@ from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
 from ...kernels.errors import AuricleError
 from .app import app, complain
-from .options import AnswerSettings, with_settings
+from .options import AnswerSettings, TranscribeSettings, model_in_the_box, with_settings
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aiff"}
 
 
 @app.command()
-@with_settings(AnswerSettings)
+@with_settings(TranscribeSettings)
 def transcribe(
     files: Annotated[list[str], typer.Argument(help="Audio files; - reads one from stdin.", show_default=False)],
-    prompt: Annotated[str, typer.Option("--prompt", help="What to ask of each file.")] = TASKS["transcribe"],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", help=f"What to ask of each file.  [default: {TASKS['transcribe']}]", show_default=False
+        ),
+    ] = None,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Ask for segments with the second each begins and ends.")
+    ] = False,
     *,
-    settings: AnswerSettings,
+    settings: TranscribeSettings,
 ) -> None:
     """Write down what is said in each file.
 
     Each file is a request of its own. With --json there is one JSON document a line and file.
     """
+    if timestamps and prompt is not None:
+        raise OptionError("--timestamps is a prompt of its own; leave out one of --timestamps and --prompt")
+    question = prompt if prompt is not None else TASKS["timestamps" if timestamps else "transcribe"]
+    if settings.model is None:
+        settings = dataclasses.replace(settings, model=model_in_the_box())
     with settings.open() as model:
-        statuses = [_answer(model, [file], prompt, settings) for file in files]
+        statuses = [_answer(model, [file], question, settings) for file in files]
     raise typer.Exit(next((status for status in statuses if status), 0))
 
 

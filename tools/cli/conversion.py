@@ -15,7 +15,7 @@ from rich.markup import escape
 from ...convert.recipes import DEFAULT, ENCODER_FLOOR, RECIPES
 from ...engine.sampling import OptionError
 from .app import app
-from .options import format_bytes, with_settings
+from .options import ModelFile, format_bytes, with_settings
 from .tables import format_shape, print_sizes, print_table, show_progress
 
 if TYPE_CHECKING:
@@ -46,6 +46,15 @@ class ConversionSettings:
     imatrix: Annotated[
         Path | None, typer.Option("--imatrix", help="Importance of columns, a file of `auricle imatrix`.")
     ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="FILE[:SCALE]",
+            help="Merge an adapter into the weights, a file of `auricle convert --lora DIR`; may be repeated.",
+            show_default=False,
+        ),
+    ] = None
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]", show_default=False)
     ] = None
@@ -62,30 +71,52 @@ class ConversionSettings:
 
             importance = read_importance(self.imatrix)
         overrides = [parse_override(text) for text in self.tensor_types or ()]
-        return {"type_name": self.type_name or DEFAULT, "overrides": overrides, "importance": importance}
+        chosen = {"overrides": overrides, "importance": importance, "lora": self.lora or ()}
+        return {"type_name": self.type_name or DEFAULT, **chosen}
 
 
 @app.command()
 @with_settings(ConversionSettings)
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The GGUF file to write.", show_default=False)],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The GGUF file to write.", show_default=False)] = ...,
+    model: Annotated[
+        Path | None,
+        typer.Option("-m", "--model", help="With --lora DIR: the GGUF model it is for, to check.", show_default=False),
+    ] = None,
     *,
     settings: ConversionSettings,
 ) -> None:
-    """Make a GGUF file from a Hugging Face checkpoint.
+    """Make a GGUF file from a Hugging Face checkpoint, or with --lora DIR alone from an adapter that peft saved.
 
     The file appears when it is complete, or not at all; until then the work is in OUT.part.
     """
-    from ...convert.hf import plan_conversion
+    _carry_out(plan_convert(checkpoint, model, settings), out, settings)
 
-    _carry_out(plan_conversion(checkpoint, **settings.choices()), out, settings)
+
+def plan_convert(checkpoint: Path | None, model: Path | None, settings: ConversionSettings) -> ConversionPlan:
+    """The plan of `auricle convert`. Raises OptionError for options that do not go together."""
+    if checkpoint is not None:
+        if model is not None:
+            raise OptionError("-m is for --lora DIR alone; a checkpoint brings its own names and shapes")
+        from ...convert.hf import plan_conversion
+
+        return plan_conversion(checkpoint, **settings.choices())
+    if len(settings.lora or ()) != 1:
+        raise OptionError("give the folder of a checkpoint, or --lora DIR with that of an adapter")
+    if settings.tensor_types or settings.imatrix:
+        raise OptionError("--tensor-type and --imatrix are for models; an adapter is stored whole, see --type")
+    from ...convert.lora import plan_lora
+
+    return plan_lora(settings.lora[0], settings.type_name, model)
 
 
 @app.command()
 @with_settings(ConversionSettings)
 def quantize(
-    model: Annotated[Path, typer.Argument(help="The GGUF file to read.", show_default=False)],
+    model: ModelFile,
     out: Annotated[Path, typer.Argument(help="The GGUF file to write.", show_default=False)],
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantise weights again that have been already: they lose twice.")

@@ -15,8 +15,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
+from ..demo import find_model
 from .app import app
-from .options import AsJSON, KVType, Precision, Threads, TimeMarkers, with_settings
+from .options import AsJSON, KVType, Loras, ModelFile, Precision, Threads, TimeMarkers, with_settings
 
 if TYPE_CHECKING:
     from ...engine import Model
@@ -39,7 +40,8 @@ class DiffSettings:
         Path | None, typer.Option("--reference", help="A file of stages: safetensors or GGUF.", show_default=False)
     ] = None
     against: Annotated[
-        Path | None, typer.Option("--against", help="Another model file, or the same one.", show_default=False)
+        Path | None,
+        typer.Option("--against", help="Another model file, or the same one.", callback=find_model, show_default=False),
     ] = None
     official: Annotated[
         Path | None, typer.Option("--official", help="A checkout of the official code.", show_default=False)
@@ -56,6 +58,7 @@ class DiffSettings:
     precision: Precision = None
     against_backend: Annotated[str, typer.Option("--against-backend", help="Where --against does.")] = "reference"
     kv_type: KVType = "f32"
+    lora: Loras = None
     isolate: Annotated[bool, typer.Option("--isolate", help="Give each stage the reference's input.")] = False
     bisect: Annotated[bool, typer.Option("--bisect", help="Find the first wrong stage, op and tensor.")] = False
     sensitivity: Annotated[
@@ -89,7 +92,7 @@ class DiffSettings:
 @app.command()
 @with_settings(DiffSettings)
 def diff(
-    model: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    model: ModelFile,
     audio: Annotated[list[str], typer.Argument(help="Audio files of one question.", show_default=False)],
     *,
     settings: DiffSettings,
@@ -101,7 +104,8 @@ def diff(
     """
     from ...engine.session import set_threads
     from ..diff.locate import run_diff
-    from ..diff.page import check_target, render, write_page
+    from ..diff.output import check_target, write_text
+    from ..diff.page import render
     from ..diff.report import document
     from ..diff.request import make_request, open_model
     from ..diff.thresholds import parse_overrides
@@ -123,13 +127,14 @@ def diff(
                 backend=settings.backend,
                 kv_type=settings.kv_type or "f32",
                 precision=settings.precision,
+                lora=settings.lora or (),
             )
         )
         source, read = open_source(settings, opened, request, stack)
         outcome = run_diff(opened, request, source, mode=settings.mode, overrides=overrides, read=read)
         facts = document(outcome, opened, request, source)
         if settings.html is not None:
-            write_page(settings.html, render(facts))
+            write_text(settings.html, render(facts))
         if settings.sensitivity:
             facts["sensitivity"] = write_sensitivity(settings, opened, request)
         if settings.as_json:
@@ -148,6 +153,8 @@ def check_settings(settings: DiffSettings) -> None:
         raise OptionError("give one of --reference, --against, --checkpoint, or --official with --checkpoint")
     if settings.sensitivity and not settings.against:
         raise OptionError("--sensitivity needs the exact file to compare with: --against F16.gguf")
+    if settings.sensitivity and settings.lora:
+        raise OptionError("--sensitivity measures models without adapters; merge them first: auricle quantize --lora")
     if settings.probe not in ("tensor", "layer"):
         raise OptionError(f"--probe is {settings.probe!r}; it is tensor or layer")
     if settings.html is not None and settings.html == settings.sensitivity:

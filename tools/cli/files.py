@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .app import app
-from .options import AsJSON, MaxNewTokens, OpenSettings, format_bytes, parse_duration, with_settings
+from .options import AsJSON, MaxNewTokens, ModelFile, OpenSettings, format_bytes, parse_duration, with_settings
 from .tables import format_shape, print_sizes, print_table
 
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    model: ModelFile,
     as_json: AsJSON = False,
 ) -> None:
     """Show metadata, tensors, and sizes by part and type of a GGUF file."""
@@ -58,10 +57,15 @@ def plan(
 
     with settings.open() as model:
         memory = model.plan([parse_duration(text) for text in audio or ()], max_new_tokens=max_new_tokens)
-        base = process_bytes(model.file, model.backend, model.kv_format)
+        device = model.backend.device
+        own = not device.separate
+        base = process_bytes(model.file, model.backend, model.kv_format) if own else device.beside
     rows = {f"weights: {part}": n for part, n in memory.weights.items() if n}
     rows |= {"KV cache": memory.kv_cache, "arena": memory.arena, "libraries' work space": memory.libraries}
-    rows |= {"audio": memory.audio, "interpreter and libraries": base}
+    rows |= {"audio": memory.audio}
+    rows |= {"sampling": memory.counters} if memory.counters else {}
+    rows |= {"never there together": -memory.apart} if memory.apart else {}
+    rows |= {"interpreter and libraries" if own else "CUDA itself, about": base}
     total = memory.total + base
     if settings.as_json:
         print(json.dumps({**dataclasses.asdict(memory), "interpreter": base, "total": total}))

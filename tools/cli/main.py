@@ -6,7 +6,7 @@ import io
 import sys
 
 from ...kernels.errors import AuricleError
-from . import answer, bench, conversion, diff, files, imatrix, synth, verify, warmup  # noqa: F401  (their commands register themselves)
+from . import answer, bench, conversion, diff, evaluate, files, finetune, imatrix, synth, verify, warmup  # noqa: F401  (their commands register themselves)
 from .app import app, complain
 
 

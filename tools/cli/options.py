@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect as introspect
 import re
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,32 @@ import typer
 
 from ...engine import Model, load
 from ...engine.sampling import OptionError
+from ..demo import MODEL, find_model
 
-ModelPath = Annotated[Path, typer.Option("-m", "--model", help="The model, a GGUF file.", show_default=False)]
-BackendName = Annotated[str, typer.Option("--backend", help="Where to compute: cpu or reference.")]
+ModelFile = Annotated[Path, typer.Argument(help="A GGUF file, or demo.", callback=find_model, show_default=False)]
+ModelPath = Annotated[
+    Path,
+    typer.Option(
+        "-m",
+        "--model",
+        help="The model, a GGUF file; demo is the one in the box.",
+        callback=find_model,
+        show_default=False,
+    ),
+]
+OptionalModelPath = Annotated[
+    Path | None,
+    typer.Option(
+        "-m",
+        "--model",
+        help="The model, a GGUF file; demo is the one in the box, and the default on a terminal.",
+        callback=find_model,
+        show_default=False,
+    ),
+]
+BackendName = Annotated[
+    str, typer.Option("--backend", help="Where to compute: auto (the GPU if there is one), cuda, cpu, reference.")
+]
 Precision = Annotated[
     str | None,
     typer.Option("--precision", help="Of the cpu backend: auto, exact, bf16.  [default: auto]", show_default=False),
@@ -32,6 +56,19 @@ KVType = Annotated[
     typer.Option(
         "--kv-type", help="Type of the KV cache: f32, f16, q8_0.  [default: the backend's]", show_default=False
     ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="Add an adapter, a file of `auricle convert --lora`; may be repeated.",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="Do with so much memory: 4GiB, 900MiB.  [default: no limit]", show_default=False),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
@@ -60,11 +97,13 @@ class OpenSettings:
     """Which model to open, and how."""
 
     model: ModelPath
-    backend: BackendName = "cpu"
+    backend: BackendName = "auto"
     precision: Precision = None
     threads: Threads = None
     ctx: Context = None
     kv_type: KVType = None
+    lora: Loras = None
+    memory: Memory = None
     as_json: AsJSON = False
 
     def open(self) -> Model:
@@ -75,6 +114,8 @@ class OpenSettings:
             threads=self.threads,
             n_ctx=self.ctx,
             kv_type=self.kv_type,
+            memory=None if self.memory is None else parse_bytes(self.memory),
+            lora=self.lora or (),
         )
 
 
@@ -96,6 +137,22 @@ class AnswerSettings(OpenSettings):
         """The keyword arguments of `Model.stream`."""
         own = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(OpenSettings)}
         return {name: getattr(self, name) for name in own} | {"stop": tuple(self.stop or ())}
+
+
+@dataclass(frozen=True)
+class TranscribeSettings(AnswerSettings):
+    """As `AnswerSettings`; a person at a terminal need not name a model."""
+
+    model: OptionalModelPath = None
+
+
+def model_in_the_box() -> Path:
+    """The demonstration model, for a person who sees what it is: no pipeline gets confident digits by accident.
+    Raises OptionError where stdout is no terminal."""
+    if not sys.stdout.isatty():
+        raise OptionError("no model is named; add -m MODEL.gguf (-m demo is a demonstration that knows digits only)")
+    print("auricle: no -m: using the demonstration model, which knows spoken English digits only", file=sys.stderr)
+    return MODEL
 
 
 def with_settings(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -143,6 +200,18 @@ def parse_duration(text: str) -> float:
     if not plain or float(plain[1]) <= 0:
         raise OptionError(f"{text!r} is no duration; write 90s, 10m, 1h or 1:30")
     return float(plain[1]) * _UNITS[plain[2]]
+
+
+_SIZES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "4GiB", "900MiB", "4GB". Raises OptionError."""
+    plain = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w+)", text.strip())
+    unit = next((n for name, n in _SIZES.items() if plain and name.lower() == plain[2].lower()), None)
+    if unit is None or float(plain[1]) <= 0:
+        raise OptionError(f"{text!r} is no amount of memory; write 4GiB or 900MiB")
+    return round(float(plain[1]) * unit)
 
 
 def format_bytes(n: int) -> str:

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from .app import app
+from .options import ModelFile
 from .tables import show_progress
 
 
 @app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    model: ModelFile,
     manifest: Annotated[
         Path | None, typer.Option("--manifest", help="Compare with these checksums.", show_default=False)
     ] = None,

@@ -59,14 +59,20 @@ def make_request(audio: Sequence[AudioSource], prompt: str, n_new: int, time_mar
 
 
 def open_model(
-    path: Any, request: Request, *, backend: str, kv_type: str = "f32", precision: str | None = None
+    path: Any,
+    request: Request,
+    *,
+    backend: str,
+    kv_type: str = "f32",
+    precision: str | None = None,
+    lora: Sequence[str] = (),
 ) -> Model:
     """The model with a context that holds the request, and a quarter more for a reference's longer prompt."""
     with load(path, backend="reference") as model:
         n_prompt = len(model.build_prompt(request.prompt, hear(model, request), request.time_markers).ids)
         n_max = model.config.decoder.max_position_embeddings
     n_ctx = n_prompt + n_prompt // 4 + 64 + request.n_new
-    return load(path, backend=backend, n_ctx=min(n_ctx, n_max), kv_type=kv_type, precision=precision)
+    return load(path, backend=backend, n_ctx=min(n_ctx, n_max), kv_type=kv_type, precision=precision, lora=lora)
 
 
 def hear(model: Model, request: Request) -> Any:

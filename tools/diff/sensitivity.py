@@ -50,6 +50,7 @@ from ...kernels.dequantize import dequantize
 from ...kernels.formats import Q4_K, Format
 from ...kernels.quantize import quantize
 from .network import Network
+from .output import write_text
 from .request import DiffError, Request
 
 SLAB_WEIGHTS = 1 << 22
@@ -275,8 +276,5 @@ def sensitivity_table(report: Mapping[str, Any]) -> Table:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Raises DiffError when the file cannot be written."""
-    try:
-        path.write_text(json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DiffError(f"cannot write {path}: {error.strerror}") from None
+    """The whole file or none. Raises OptionError when it cannot be written."""
+    write_text(path, json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1) + "\n")

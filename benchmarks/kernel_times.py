@@ -1,0 +1,257 @@
+"""Times of the linear maps on a GPU, shape by shape: the table of `kernels.py`, with PyTorch's beside it.
+
+A case is first compared with PyTorch's float32 product of the decoded weights on the same card; one that differs is red
+and gets no time. Weights rotate through four times the card's L2, launches are recorded in a graph and timed by events.
+Shares are of what was measured in the same run: a copy inside the card (reading and writing counted), and PyTorch's
+product of two large bfloat16 matrices. Peers: `F.linear` in bfloat16, and PyTorch's int4 matmul in groups of 32; both
+get several weights of one launch as one matrix, and no gate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gpu import describe_gpu, measure_copy, measure_matmul, require_gpu, time_launches
+from synthetic import SHAPES, save_result
+
+from auricle.kernels.dequantize import dequantize
+from auricle.kernels.formats import BY_NAME, Format
+from auricle.kernels.gpu.linear import gated_linear, linear, scratch_bytes
+from auricle.kernels.gpu.tiles import TILES
+from auricle.kernels.gpu.tune import FEW, Config, pick, slug
+from auricle.kernels.gpu.weights import DeviceWeight, device_weight
+from auricle.tools import synth
+from auricle.tools.synth import RandomWeights
+
+Picker = Callable[[str, str, int, int, int], Config]
+
+TOLERANCE = 2e-3  # of the norm
+CHECKED_ROWS = 4096  # of the first and of the last rows of a matrix
+TIMES_L2 = 4
+INT4_GROUP = 32  # weights that share a scale: as many as in Q4_K
+INT4_TILES = 8
+
+
+@dataclass(frozen=True)
+class Product:
+    """One launch: matrices of `rows` rows each that meet the same tokens; `gated`: as silu(first) * second."""
+
+    name: str
+    rows: tuple[int, ...]
+    n_cols: int
+    gated: bool = False
+
+    @property
+    def n_weights(self) -> int:
+        return sum(self.rows) * self.n_cols
+
+
+def list_products(shape: str) -> list[Product]:
+    """Those of a decoder layer, of the head, and of an encoder layer."""
+    values = synth.SHAPES[SHAPES[shape]].values
+    d, d_ff, vocabulary = (values[f"llm.{key}"] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    q, kv = (values[f"llm.{key}"] * values["llm.head_dim"] for key in ("num_heads", "num_kv_heads"))
+    e, e_ff = values["enc.d_model"], values["enc.encoder_ffn_dim"]
+    return [
+        Product(f"{shape}.qkv", (q, kv, kv), d),
+        Product(f"{shape}.o", (d,), q),
+        Product(f"{shape}.gate_up", (d_ff, d_ff), d, gated=True),
+        Product(f"{shape}.down", (d,), d_ff),
+        Product(f"{shape}.head", (vocabulary,), d),
+        Product(f"{shape}.enc.qkv", (e, e, e), e),
+        Product(f"{shape}.enc.fc1", (e_ff,), e),
+        Product(f"{shape}.enc.fc2", (e,), e_ff),
+    ]
+
+
+def occurs(product: Product, n_tokens: int) -> bool:
+    """The head sees few tokens; the encoder sees many."""
+    return n_tokens <= FEW if product.name.endswith(".head") else n_tokens > FEW or ".enc." not in product.name
+
+
+class Stock:
+    """The weights of a product in one type: as they are in a file, and on a device in `n_copies` copies."""
+
+    def __init__(self, product: Product, fmt: Format, device: str, at_least: int = 0) -> None:
+        """`at_least`: bytes that the copies together have."""
+        self.product, self.format = product, fmt
+        random, std = RandomWeights(0), product.n_cols**-0.5
+        self.rows = []
+        for n in product.rows:
+            blocks = random.draw_blocks(fmt, n * product.n_cols // fmt.length, std)
+            self.rows.append(np.concatenate([b.reshape(-1) for b in blocks]).reshape(n, -1))
+        weights = [device_weight(rows, fmt, device) for rows in self.rows]
+        self.n_bytes = sum(4 * w.words.numel() for w in weights)
+        self.copies = [weights]
+        while len(self.copies) * self.n_bytes < at_least:
+            self.copies.append([DeviceWeight(w.words.clone(), fmt, w.n_rows, w.n_cols) for w in weights])
+
+
+class Job:
+    """A product and so many tokens, with its buffers."""
+
+    def __init__(self, stock: Stock, n_tokens: int, device: str) -> None:
+        product = stock.product
+        generator = torch.Generator().manual_seed(0)
+        self.stock, self.n_tokens = stock, n_tokens
+        self.x = torch.randn(n_tokens, product.n_cols, generator=generator).to(device)
+        sizes = product.rows[:1] if product.gated else product.rows
+        self.outs = [torch.full((n_tokens, n), float("nan"), device=device) for n in sizes]
+        self.scratch = torch.empty(scratch_bytes(n_tokens, product.n_cols), dtype=torch.uint8, device=device)
+
+    def calls(self, pick: Picker) -> list[Callable[[], None]]:
+        """The launch on each copy of the weights."""
+        return [lambda weights=weights: self._launch(weights, pick) for weights in self.stock.copies]
+
+    def _launch(self, weights: Sequence[DeviceWeight], pick: Picker) -> None:
+        if self.stock.product.gated:
+            gated_linear(self.x, *weights, self.outs[0], scratch=self.scratch, pick=pick)
+        else:
+            linear(self.x, weights, [None] * len(weights), self.outs, scratch=self.scratch, pick=pick)
+
+    def error(self, pick: Picker) -> float:
+        """How far the result is from PyTorch's, relative, in the rows that are looked at; infinite where one is NaN."""
+        for out in self.outs:
+            out.fill_(float("nan"))
+        self._launch(self.stock.copies[0], pick)
+        products = [self._reference(rows) for rows in self.stock.rows]
+        if self.stock.product.gated:
+            products = [F.silu(products[0]) * products[1]]
+        got = torch.cat([out[:, checked_rows(out.shape[1])] for out in self.outs], 1)
+        want = torch.cat(products, 1)
+        return float((got - want).norm() / want.norm()) if bool(torch.isfinite(got).all()) else float("inf")
+
+    def _reference(self, rows: np.ndarray) -> torch.Tensor:
+        decoded = torch.from_numpy(dequantize(rows[checked_rows(len(rows))], self.stock.format))
+        return self.x @ decoded.to(self.x.device).T
+
+
+def checked_rows(n: int) -> np.ndarray:
+    """Numbers of the rows that are compared: the first and the last."""
+    return np.unique(np.r_[: min(n, CHECKED_ROWS), max(0, n - CHECKED_ROWS) : n])
+
+
+class Card:
+    """The GPU: its name, and what it does at best, measured."""
+
+    def __init__(self, seconds: float) -> None:
+        self.facts = describe_gpu()
+        self.seconds = seconds
+        self.copy_bytes_per_s = measure_copy(seconds)
+        self.matmul_flops_per_s = measure_matmul(seconds)
+        self.rotation_bytes = TIMES_L2 * self.facts["l2_bytes"]
+
+    def pick(self, kernel: str, format_name: str, n_tokens: int, n_rows: int, n_cols: int) -> Config:
+        capability = tuple(self.facts["capability"])
+        return pick(kernel, format_name, n_tokens, n_rows, n_cols, self.facts["gpu"], capability)
+
+
+def measure(job: Job, card: Card, pick: Picker) -> dict[str, Any]:
+    """The row of a case: compared, and timed when it is green."""
+    product, fmt = job.stock.product, job.stock.format
+    kernel = "matvec" if job.n_tokens <= FEW else "matmul_gated" if product.gated else "matmul"
+    config = pick(kernel, fmt.name, job.n_tokens, product.rows[0], product.n_cols)
+    error = job.error(pick)
+    row = {"case": product.name, "type": fmt.name, "tokens": job.n_tokens, "config": asdict(config), "error": error}
+    row |= {"n_rows": sum(product.rows), "n_cols": product.n_cols, "green": error <= TOLERANCE}
+    if not row["green"]:
+        return row
+    seconds = time_launches(job.calls(pick), card.seconds)
+    n_bytes, flops = job.stock.n_bytes, 2 * job.n_tokens * product.n_weights
+    return row | {
+        "us": 1e6 * seconds,
+        "copies": len(job.stock.copies),
+        "bytes_per_s": n_bytes / seconds,
+        "of_copy": n_bytes / seconds / card.copy_bytes_per_s,
+        "flops_per_s": flops / seconds,
+        "of_matmul": flops / seconds / card.matmul_flops_per_s,
+    }
+
+
+# Peers.
+
+
+def time_bf16(product: Product, n_tokens: int, card: Card) -> float:
+    """Seconds of `F.linear`."""
+    x = torch.randn(n_tokens, product.n_cols, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(sum(product.rows), product.n_cols, dtype=torch.bfloat16, device="cuda")
+    n = max(1, -(-card.rotation_bytes // weight.nbytes))
+    weights = [weight, *(weight.clone() for _ in range(n - 1))]
+    return time_launches([lambda w=w: F.linear(x, w) for w in weights], card.seconds)
+
+
+def time_int4(product: Product, n_tokens: int, card: Card) -> float:
+    """Seconds of PyTorch's int4 matmul."""
+    n_rows, n_cols = sum(product.rows), product.n_cols
+    x = torch.randn(n_tokens, n_cols, dtype=torch.bfloat16, device="cuda")
+    codes = torch.randint(0, 256, (n_rows, n_cols // 2), dtype=torch.uint8, device="cuda")
+    packed = torch._convert_weight_to_int4pack(codes, INT4_TILES)
+    scales = torch.rand(n_cols // INT4_GROUP, n_rows, 2, dtype=torch.bfloat16, device="cuda")
+    n = max(1, -(-card.rotation_bytes // packed.nbytes))
+    weights = [(packed.clone(), scales.clone()) for _ in range(n)]
+    return time_launches(
+        [lambda p=p, s=s: torch._weight_int4pack_mm(x, p, INT4_GROUP, s) for p, s in weights], card.seconds
+    )
+
+
+def time_peers(product: Product, n_tokens: int, card: Card) -> dict[str, Any]:
+    """Microseconds by peer, or why there are none."""
+    found: dict[str, Any] = {"bf16_us": 1e6 * time_bf16(product, n_tokens, card)}
+    try:
+        found["int4_us"] = 1e6 * time_int4(product, n_tokens, card)
+    except (RuntimeError, AttributeError) as error:  # not every build and card has it
+        found["int4_missing"] = str(error).splitlines()[0]
+    return found
+
+
+# The table.
+
+HEAD = ("case", "type", "tokens", "us", "GB/s", "of copy", "TFLOP/s", "of matmul", "bf16 us", "int4 us", "")
+
+
+def format_row(row: dict[str, Any]) -> str:
+    cells: list[Any] = [row["case"], row["type"], row["tokens"]]
+    if row["green"]:
+        cells += [f"{row['us']:.1f}", f"{row['bytes_per_s'] / 1e9:.0f}", f"{row['of_copy']:.0%}"]
+        cells += [f"{row['flops_per_s'] / 1e12:.1f}", f"{row['of_matmul']:.0%}", f"{row['bf16_us']:.1f}"]
+        cells += [f"{row['int4_us']:.1f}" if "int4_us" in row else "", ""]
+    else:
+        cells += [""] * 7 + [f"red: error {row['error']:.1e}, at most {TOLERANCE:.0e}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def run(a: argparse.Namespace) -> int:
+    """Measures and prints; 1 when a case is red. Raises NoGPU."""
+    require_gpu()
+    card = Card(a.seconds)
+    print(f"copy {card.copy_bytes_per_s / 1e9:.0f} GB/s, bf16 matmul {card.matmul_flops_per_s / 1e12:.0f} TFLOP/s\n")
+    print(f"| {' | '.join(HEAD)} |\n" + "| --- " * len(HEAD) + "|")
+    formats = [BY_NAME[name] for name in a.types or sorted(fmt.name for fmt in TILES)]
+    products = [p for shape in a.shapes for p in list_products(shape) if re.search(a.only, p.name)]
+    rows = []
+    for product in products:
+        peers = {n: time_peers(product, n, card) for n in a.tokens if occurs(product, n)}
+        for fmt in formats:
+            stock = Stock(product, fmt, "cuda", card.rotation_bytes)
+            for n, times in peers.items():
+                rows.append(measure(Job(stock, n, "cuda"), card, card.pick) | times)
+                print(format_row(rows[-1]), flush=True)
+    document = {
+        "benchmark": "kernels",
+        "copy_bytes_per_s": card.copy_bytes_per_s,
+        "matmul_flops_per_s": card.matmul_flops_per_s,
+        "rows": rows,
+        "machine": card.facts,
+    }
+    if a.save:
+        save_result(f"kernels-{slug(card.facts['gpu'])}.json", document)
+    print(json.dumps(document))
+    return 0 if all(row["green"] for row in rows) else 1

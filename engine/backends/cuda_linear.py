@@ -1,0 +1,48 @@
+"""Linear maps of the CUDA backend: operands bound to the kernels on packed weights, with what stands around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ...kernels.gpu.linear import Norm, Picker, gated_linear, linear, scratch_bytes
+from ..graph import Node
+from .backend import Bound, Kernel
+
+Tensor = torch.Tensor
+Call = Callable[[], None]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., n] as [n_rows, n]."""
+    return x.view(-1, x.shape[-1])
+
+
+def bind_wide_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor | None, pick: Picker) -> Call:
+    x, weights, biases = rows_of(inputs[0]), inputs[2], inputs[3]
+    outs = [rows_of(out) for out in outputs]
+    shared = {"norm": norm_of(inputs[1], node.attrs["eps"]), "scratch": scratch, "pick": pick}
+    if node.attrs["close"] == "gate":
+        return lambda: gated_linear(x, *weights, outs[0], **shared)
+    shared |= {"residual": None if inputs[4] is None else rows_of(inputs[4]), "epilogue": node.attrs["close"]}
+    return lambda: linear(x, weights, biases, outs, **shared)
+
+
+def norm_of(operands: tuple[Tensor, ...] | None, eps: float) -> Norm | None:
+    if operands is None:
+        return None
+    weight, bias = (*operands, None)[:2]
+    return Norm("rms" if bias is None else "layer", weight, bias, eps)
+
+
+def wide_linear_bytes(node: Node) -> int:
+    x = node.inputs[0]
+    n_cols = x.shape[-1]
+    return scratch_bytes(x.size // n_cols, n_cols)
+
+
+def linear_kernels(pick: Picker) -> dict[str, Kernel]:
+    """`pick`: how products are cut on a card."""
+    return {"wide_linear": Kernel(partial(bind_wide_linear, pick=pick), wide_linear_bytes)}

@@ -1,0 +1,182 @@
+"""Runs the CUDA backend on a stand-in for the card under Triton's interpreter and prints what came out, as JSON.
+
+A process of its own, since Triton decides once whether it interprets: `python cuda_worker.py ops|model FOLDER`.
+Products are cut into few, large tiles: an interpreted program takes long, whatever its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+
+from auricle.convert.hf import convert, plan_conversion
+from auricle.engine import load
+from auricle.engine.backends import find_backend
+from auricle.engine.backends.backend import Backend
+from auricle.engine.backends.cuda import make_backend
+from auricle.engine.executor import compile_graph, draft_graph
+from auricle.engine.gguf import open_gguf
+from auricle.engine.graph import Graph
+from auricle.engine.kv_cache import CacheTensor
+from auricle.engine.sampling import Sampler, SamplingOptions
+from auricle.engine.session import Model
+from auricle.kernels.formats import F16, F32, Q4_K, Q8_0, Format
+from auricle.kernels.gpu.tune import Config
+from auricle.tools.sample import SampleShape, write_checkpoint
+from op_cases import CASES, Case, make_weight, materials
+from stand_in import StandIn
+
+REFERENCE = find_backend("reference")
+MOST_NUMBERS = 300_000  # of the matrices of a case that is run here
+OTHER_TYPES = ("linear-1x256x300", "gated_linear-4x256x300", "linears-19x768", "get_rows")
+SMALL = SampleShape(
+    enc_d_model=64, enc_n_layer=1, enc_n_head=2, enc_d_ff=64, enc_d_conv=4, enc_d_out=64, taps=(0,), n_inject=1,
+    d_adapter=64, d_model=64, n_layer=1, n_head=4, n_kv_head=2, d_head=32, d_ff=96, n_vocab=320,
+)  # fmt: skip
+
+
+def cut(kernel: str, format_name: str, n_tokens: int, n_rows: int, n_cols: int) -> Config:
+    def power(n: int) -> int:
+        return 1 << (n - 1).bit_length()
+
+    few = kernel == "matvec"
+    rows, cols = min(512, power(n_rows)), min(256, power(n_cols))
+    return Config(max(16, rows), max(32, cols), n_tokens if few else max(16, min(64, power(n_tokens))), 4, 1)
+
+
+def backend() -> Backend:
+    return make_backend(StandIn(), cut)
+
+
+# Ops.
+
+
+def place(states: dict[str, CacheTensor], device: Any) -> dict[str, Any]:
+    """Caches of the processor, as far as they are filled, on the card."""
+    placed = {}
+    for name, cache in states.items():
+        placed.update(device.caches([name], cache.shape, cache.format))
+        rows = cache.read(cache.shape[0]).nan_to_num(0, 0, 0)
+        placed[name].write(torch.arange(len(rows), dtype=torch.int32), rows)
+    return placed
+
+
+def run_case(case: Case, chosen: Backend, fmt: Format, kv_format: Format) -> dict[str, np.ndarray]:
+    m = materials(case, fmt, kv_format)
+    graph = case.graph()
+    capture = [name for name in graph.stages if name.startswith("out.")]
+    states = place(m.states, chosen.device) if chosen.device.separate else m.states
+    program = compile_graph(graph, chosen, m.weights.get, capture=capture, states=states, poison=True)
+    return {name: chosen.device.fetch(value).copy() for name, value in program.run(m.feed).items()}
+
+
+def error_of(case: Case, chosen: Backend, fmt: Format = F32, kv_format: Format = F32) -> float:
+    """The largest relative norm of the difference; infinite where something was not written."""
+    got, want = (run_case(case, b, fmt, kv_format) for b in (chosen, REFERENCE))
+    errors = [np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name]) for name in want]
+    return float(np.nan_to_num(max(errors), nan=np.inf))
+
+
+def run_ops() -> dict[str, Any]:
+    chosen = backend()
+    small = [c for c in CASES if sum(v.size for v in c.graph().leaves_of("weight")) <= MOST_NUMBERS]
+    errors = {c.name: error_of(c, chosen) for c in small}
+    for case in small:
+        if case.name in OTHER_TYPES:
+            for fmt in (F16, Q8_0, *([Q4_K] if case.fills(256) else [])):
+                errors[f"{case.name} {fmt}"] = error_of(case, chosen, fmt)
+        if case.name == "kv_attention-1x8of2x32-after-40":
+            errors |= {f"{case.name} {fmt}": error_of(case, chosen, F32, fmt) for fmt in (F16, Q8_0)}
+    return {"errors": errors, "large": {n: large_channel(chosen, n) for n in (2, 9)}}
+
+
+def large_channel(chosen: Backend, n_tokens: int) -> dict[str, float]:
+    """A residual stream with a channel of 1e5 through two halves of a block: the error elsewhere, and in it."""
+    g = Graph()
+    x = g.input("x", (n_tokens, 64))
+    for part in "ab":
+        h = g.rms_norm(x, g.weight(f"{part}.norm", (64,)), eps=1e-6)
+        inner = g.mul(
+            g.silu(g.linear(h, g.weight(f"{part}.g", (96, 64)))), g.linear(h, g.weight(f"{part}.u", (96, 64)))
+        )
+        x = g.add(x, g.linear(inner, g.weight(f"{part}.d", (64, 96))))
+    g.stage("out", x)
+    rng = np.random.default_rng(1)
+    weights = {v.name: make_weight(v.name, v.shape, Q8_0, rng) for v in g.leaves_of("weight")}
+    values = rng.standard_normal((n_tokens, 64), dtype=np.float32)
+    values[:, 7] = 1e5
+    results = []
+    for b in (chosen, REFERENCE):
+        program = compile_graph(g, b, weights.get, capture=["out"], poison=True)
+        results.append(b.device.fetch(program.run({"x": values})["out"]).copy())
+    assert all(n.op == "wide_linear" for n in draft_graph(g, chosen, ["out"]).graph.nodes)
+    got, want = results
+    rest = np.arange(64) != 7
+    small = np.linalg.norm((got - want)[:, rest]) / np.linalg.norm((want - values)[:, rest])
+    return {"rest": float(small), "channel": float(np.abs(got[:, 7] / want[:, 7] - 1).max())}
+
+
+# A model.
+
+
+def open_model(path: Path, **options: Any) -> Model:
+    chosen = options.pop("backend", None) or backend()
+    return Model(open_gguf(path), chosen, n_ctx=600, kv_type=options.pop("kv_type", None), poison=True, **options)
+
+
+def run_model(folder: Path) -> dict[str, Any]:
+    path = folder / "small.gguf"
+    convert(plan_conversion(write_checkpoint(folder / "checkpoint", SMALL), "q8_0"), path)
+    sound = 0.1 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    with load(path, backend="reference", n_ctx=600) as exact, open_model(path) as model:
+        planned = model.plan([0.5], "What?", max_new_tokens=3)
+        heard = {"audio": sound, "sample_rate": 16_000, "max_new_tokens": 3}
+        answers = [m.generate("What?", **heard).token_ids for m in (model, exact)]
+        peak = model.backend.device.card.peak_bytes()
+        listened = exact.listen(sound, 16_000)
+        prompt = exact.build_prompt("What?", listened)
+        logits = []
+        for m in (model, exact):
+            rows = m.runtime.encode(listened.mels)
+            logits.append(m.runtime.trace_decoder(prompt, rows, ["logits"], {})["logits"])
+        return {
+            "answers": answers,
+            "planned": planned.total - planned.libraries,
+            "peak": peak,
+            "forced": compare_logits(*logits),
+            "greedy": compare_steps(model, len(prompt.ids), SamplingOptions(), 20),
+            "drawn": compare_steps(model, len(prompt.ids), SamplingOptions(1.3, 40, 0.95, 0.01, 1.2, seed=5), 4),
+        }
+
+
+def compare_logits(got: np.ndarray, want: np.ndarray) -> dict[str, Any]:
+    """How far the logits are off, and whether the likeliest is the same wherever its margin is over twice that."""
+    error = np.abs(got - want).max(-1)
+    second, first = np.sort(want, -1)[:, -2:].T
+    clear = first - second > 2 * error
+    same = got.argmax(-1) == want.argmax(-1)
+    relative = np.linalg.norm(got - want) / np.linalg.norm(want)
+    return {"relative": float(relative), "clear": int(clear.sum()), "wrong": int((clear & ~same).sum())}
+
+
+def compare_steps(model: Model, position: int, options: SamplingOptions, n: int) -> list[list[int]]:
+    """Tokens by `Runtime.steps`, and by the plain loop on the same cache."""
+    runtime, first = model.runtime, 11
+    looked_ahead = list(runtime.steps(first, position, n, Sampler(options)))
+    sampler, history = Sampler(options), [first]
+    for i in range(n):
+        history.append(sampler.sample(runtime.decode(history[-1], position + i), history))
+    return [looked_ahead, history[1:]]
+
+
+if __name__ == "__main__":
+    result = run_ops() if sys.argv[1] == "ops" else run_model(Path(sys.argv[2]))
+    print(json.dumps(result, default=lambda x: x.item()))

@@ -1,0 +1,1 @@
+"""Training of MOSS-Audio models: from scratch, of all parameters, or of LoRA adapters."""

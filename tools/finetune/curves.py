@@ -1,0 +1,98 @@
+"""Losses and error rates over a run: a CSV that grows as it goes, and a picture of it where matplotlib is installed.
+
+Knows names and numbers only.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+COLUMNS = (
+    "step",
+    "minutes",
+    "learning_rate",
+    "loss",
+    "ctc",
+    "gradient",
+    "validation_loss",
+    "validation_wer",
+    "synthetic_wer",
+)
+
+
+class Curves:
+    """Rows of the CSV; losses are means since the row before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sums: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        for name, value in losses.items():
+            self._sums[name].append(value)
+
+    def write(self, step: int, minutes: float, rate: float) -> None:
+        means = {name: sum(values) / len(values) for name, values in self._sums.items()}
+        self._sums.clear()
+        self._append({"step": step, "minutes": minutes, "learning_rate": rate, **means})
+
+    def write_validation(self, step: int, minutes: float, results: Mapping[str, float]) -> None:
+        self._append({"step": step, "minutes": minutes, **results})
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of an interrupted run that will be trained again."""
+        rows = [row for row in read_curves(self.path) if float(row["step"]) <= step]
+        self.path.unlink(missing_ok=True)
+        for row in rows:
+            self._append(row, quiet=True)
+
+    def _append(self, row: Mapping[str, float | str], quiet: bool = False) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        written = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(written)
+        if not quiet:
+            print("  ".join(f"{name} {value}" for name, value in written.items()), file=sys.stderr, flush=True)
+
+
+def read_curves(path: Path) -> list[dict[str, str]]:
+    """Rows of the CSV, none when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_curves(path: Path) -> Path | None:
+    """A PNG beside the CSV `path`: losses above, error rates below. None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path}: no picture of it, since matplotlib is not installed", file=sys.stderr)
+        return None
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, sharex=True)
+    rows = read_curves(path)
+    for axes, names in ((losses, ("loss", "ctc", "validation_loss")), (rates, ("validation_wer", "synthetic_wer"))):
+        for name in names:
+            points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 40 else ""
+                )
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    losses.set_ylabel("nats")
+    rates.set_ylabel("errors, % of words")
+    rates.set_xlabel("step")
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    return path.with_suffix(".png")

@@ -1,0 +1,142 @@
+"""Checkpoint folders in the Hugging Face layout: a codec and a model from one, and weights into one.
+
+Knows the files; the model's maths is the oracle's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...convert.names.moss_audio import ARCHITECTURE, AUDIO_TOKENS, TENSORS
+from ...convert.names.table import rename
+from ...convert.vocabulary import read_vocabulary
+from ...engine.gguf import open_gguf
+from ...engine.prompts import SpecialIds
+from ...engine.tokenizer import Tokenizer
+from ...kernels.dequantize import dequantize
+from ...kernels.errors import AuricleError
+from ..oracle.lazy import Shards
+from ..oracle.model import MossAudio
+from .batches import Codec, make_codec
+
+SMALL_FILES = (".json", ".txt", ".jinja", ".model")
+
+
+class FolderError(AuricleError):
+    """A checkpoint folder lacks something that training needs."""
+
+
+def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
+    """Tokenizer, ids and window of a checkpoint; time markers as its processor_config.json says unless given.
+
+    Raises FolderError, ConversionError or PromptError for files that are missing or wrong.
+    """
+    config, processor = _read_json(folder / "config.json"), _read_json(folder / "processor_config.json", {})
+    audio = {
+        key: next((part[key] for part in (processor, config) if part.get(key) is not None), usual)
+        for key, usual, _ in AUDIO_TOKENS
+    }
+    texts = {text: audio[key] for key, _, text in AUDIO_TOKENS}
+    language = config.get("language_config", {})
+    n_vocab = language.get("vocab_size", config.get("vocab_size"))
+    vocabulary = read_vocabulary(folder, n_vocab, texts)
+    metadata = {key: typed.value for key, typed in vocabulary.metadata().items()}
+    metadata |= {f"{ARCHITECTURE}.{key}": token_id for key, token_id in audio.items()}
+    tokenizer = Tokenizer.from_metadata(metadata)
+    end_id = tokenizer.id_of("<|im_end|>")
+    if end_id is None:
+        raise FolderError(f"{folder}: the tokenizer has no <|im_end|>; training needs it to end answers")
+    special = SpecialIds(audio["audio_token_id"], audio["audio_start_id"], audio["audio_end_id"])
+    if time_markers is None:
+        time_markers = processor.get("enable_time_marker", True)
+    window = 2 * config.get("audio_config", {}).get("n_window", 200)
+    return make_codec(tokenizer, special, end_id, time_markers=time_markers, window=window)
+
+
+def read_model(folder: Path) -> MossAudio:
+    """The model of a checkpoint folder with its weights in float32, to be trained. Raises FolderError."""
+    config = _read_json(folder / "config.json")
+    try:
+        model = MossAudio(config)
+        shards = Shards(folder)
+        _assign(model, {name: shards.read(name) for name in shards.shapes}, folder)
+    except (OSError, ValueError) as error:
+        raise FolderError(f"can't read {folder}: {error}; give the folder of a Hugging Face checkpoint") from None
+    except KeyError as error:
+        raise FolderError(f"{folder / 'config.json'} lacks {error}: is it a MOSS-Audio checkpoint?") from None
+    return model
+
+
+def read_gguf_weights(model: MossAudio, path: Path) -> None:
+    """Weights of a GGUF file into a model of the same shape, as float32. Raises FolderError or GGUFError."""
+    weights = {}
+    with open_gguf(path) as file:
+        for name in model.state_dict():
+            renamed = rename(name, TENSORS)
+            info = file.tensors.get(renamed[0]) if renamed else None
+            if info is None:
+                raise FolderError(f"{path} lacks {renamed[0] if renamed else name}: it is of another model")
+            values = dequantize(file.data(info.name), info.format).reshape(info.shape)
+            weights[name] = torch.from_numpy(values.astype(np.float32))
+    _assign(model, weights, path)
+
+
+def _assign(model: MossAudio, weights: dict[str, Tensor], where: Path) -> None:
+    """All of them, or FolderError. Tied weights have one name in the file."""
+    wanted = model.state_dict()
+    if "lm_head.weight" not in weights and "language_model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["language_model.embed_tokens.weight"]
+        model.lm_head.weight = model.language_model.embed_tokens.weight
+    wrong = sorted(weights.keys() ^ wanted.keys())
+    wrong += [name for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape]
+    if wrong:
+        raise FolderError(
+            f"{where}: {wrong[0]} and {len(wrong) - 1} more tensors are not those that config.json asks for"
+        )
+    model.load_state_dict(weights)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Everything of a checkpoint folder but its weights. Raises FolderError."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            if (
+                path.is_file()
+                and path.suffix in (".json", ".txt", ".jinja", ".model")
+                and "safetensors" not in path.name
+            ):
+                shutil.copyfile(path, target / path.name)
+    except OSError as error:
+        raise FolderError(f"can't copy {source} to {target}: {error.strerror or error}") from None
+
+
+def write_weights(folder: Path, model: MossAudio) -> None:
+    """model.safetensors, float32, complete or not at all; the names are the checkpoint's."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if model.lm_head.weight is model.language_model.embed_tokens.weight:
+        del weights["lm_head.weight"]
+    unfinished = folder / "model.safetensors.part"
+    save_file(weights, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, folder / "model.safetensors")
+
+
+def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    if default is not None and not path.exists():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"can't read {path}: {error}; give the folder of a Hugging Face checkpoint") from None
+    if not isinstance(content, dict):
+        raise FolderError(f"{path} holds no JSON object; give the folder of a Hugging Face checkpoint")
+    return content
