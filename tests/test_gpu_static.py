@@ -1,0 +1,140 @@
+"""GPU kernels without a GPU: the table of what they become on four processors, and a few compiled here and now."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from auricle.kernels.gpu.static import ARCHS, Row, find_loads
+from auricle.kernels.gpu.tiles import TILES
+from support import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import kernel_static
+
+LIVE = r"^(matvec Q4_K|matmul Q6_K|kv_attention_split Q8_0|norm_rope_store F16)$"
+AGAIN = "run benchmarks/kernels.py --static --save"
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return json.loads(kernel_static.RESULT.read_text())
+
+
+def run_without_interpreter(*command: object) -> subprocess.CompletedProcess[str]:
+    """In a process that compiles, whatever the tests beside it do."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+# The committed table.
+
+
+def test_the_table_is_of_these_sources(document: dict[str, Any]) -> None:
+    now = kernel_static.hash_sources()
+    changed = sorted(
+        name for name in now.keys() | document["sources"].keys() if now.get(name) != document["sources"].get(name)
+    )
+    assert not changed, AGAIN
+
+
+def test_the_table_is_whole(document: dict[str, Any]) -> None:
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import kernel_static\n"
+        "tasks = kernel_static.list_tasks('', None)\n"
+        "print(json.dumps([kernel_static.find_case(name, n).kernel for name, n, _ in tasks]))"
+    )
+    listed = json.loads(run_without_interpreter("-c", code).stdout.splitlines()[-1])
+    assert Counter(row["kernel"] for row in document["rows"]) == Counter(listed), AGAIN
+    assert {row["arch"] for row in document["rows"]} == set(ARCHS)
+    for kernel in ("matvec", "matmul"):
+        assert {row["type"] for row in document["rows"] if row["kernel"] == kernel} >= {fmt.name for fmt in TILES}
+
+
+def test_nothing_is_wrong_with_any_kernel(document: dict[str, Any]) -> None:
+    """No spills; registers and shared memory fit; wide loads in the mat-vec, tensor cores in the mat-mat."""
+    assert kernel_static.find_faults(document["rows"]) == document["faults"] == []
+
+
+def test_rows_have_what_a_reader_of_json_expects(document: dict[str, Any]) -> None:
+    assert all(tuple(row) == kernel_static.KEYS == tuple(Row.__dataclass_fields__) for row in document["rows"])
+
+
+# Compiled now.
+
+
+def test_kernels_compile_for_the_target_card() -> None:
+    script = ROOT / "benchmarks/kernels.py"
+    done = run_without_interpreter(script, "--static", "--json", "--archs", 89, "--only", LIVE)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {row["kernel"] for row in rows} == {"matvec", "matmul", "kv_attention_split", "norm_rope_store"}
+    assert all(row["arch"] == 89 for row in rows)
+
+
+def test_no_gpu_is_said_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/kernels.py")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no GPU here" in done.stderr
+
+
+# What is found wrong.
+
+GOOD = {"kernel": "matvec", "type": "Q4_K", "arch": 89, "config": {"warps": 4, "stages": 2}, "registers": 96}
+GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"stack": 8}, "spills: 8 bytes of stack"),
+        ({"local": 16}, "16 of local memory"),
+        ({"shared": 100 << 10}, "a block may have 101376"),
+        ({"shared": 100 << 10, "arch": 90, "kernel": "attention"}, None),
+        ({"registers": 255, "config": {"warps": 16}, "kernel": "attention"}, "not one block fits"),
+        ({"load_bits": 32}, "32 bits at a time"),
+        ({"registers": 255}, "8 warps resident"),
+        ({"kernel": "matmul"}, "no tensor core"),
+        ({"kernel": "matmul", "tensor_core": True, "registers": 255}, None),
+    ],
+)
+def test_faults(change: dict[str, Any], fault: str | None) -> None:
+    found = kernel_static.find_faults([GOOD | change])
+    assert len(found) == (fault is not None), found
+    assert fault is None or fault in found[0]
+
+
+PTX = """
+    ld.param.b64 %rd1, [kernel_param_0];
+    ld.param.b64 %rd2, [kernel_param_2];
+    mul.wide.s32 %rd3, %r1, 4;
+    add.s64 %rd4, %rd1, %rd3;
+    @%p1 add.s64 %rd5, %rd2, %rd3;
+    @%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd4 + 16 ];
+    ld.global.L1::evict_first.b16 { %rs1 }, [ %rd4 + 0 ];
+    ld.global.v2.b64 {%rd8, %rd9}, [%rd5];
+    cp.async.cg.shared.global [ %r9 + 0 ], [ %rd5 + 64 ], 0x10, %r8;
+    cp.async.ca.shared.global [ %r9 + 0 ], [ %rd5 + 64 ], 8;
+    st.global.v4.b32 [ %rd4 + 0 ], { %r2, %r3, %r4, %r5 };
+"""
+
+
+def test_loads_are_told_apart_by_argument() -> None:
+    assert sorted(find_loads(PTX)) == [(0, 16), (0, 128), (2, 64), (2, 128), (2, 128)]
