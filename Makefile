@@ -3,7 +3,6 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO := build/demo
 
 .PHONY: demo test lint wheel clean
 
@@ -18,16 +17,11 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $@
 
-# The published weights are gigabytes; until a small trained model ships, the demo makes a random checkpoint.
-$(DEMO)/random.gguf: $(VENV)/.base
-	rm -rf $(DEMO)
-	mkdir -p $(DEMO)
-	$(BIN)/python -m auricle.tools.sample $(DEMO)/checkpoint
-	$(BIN)/auricle convert $(DEMO)/checkpoint -o $@ --type q8_0
-
-demo: $(DEMO)/random.gguf
-	@echo "This model is small and its weights are random: it shows that everything runs, and what it says means nothing."
-	$(BIN)/auricle transcribe tests/data/jfk.flac -m $(DEMO)/random.gguf --max-new-tokens 24
+# The model in the box knows spoken digits only; the recordings are of people, see tools/demo/README.md.
+demo: $(VENV)/.base
+	$(BIN)/auricle transcribe tools/demo/george.flac tools/demo/jackson.flac tools/demo/yweweler.flac -m demo
+	$(BIN)/auricle transcribe tools/demo/george.flac -m demo --timestamps
+	$(BIN)/auricle ask tools/demo/jackson.flac "How many digits are spoken?" -m demo
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,81 @@
+"""The model in the box, as a user meets it: recordings of people, words with times, and never by accident."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from auricle.engine import load
+from auricle.engine.prompts import TASKS
+from auricle.tools.demo import FOLDER, MODEL, find_model
+from auricle.tools.demo.recordings import SEQUENCES
+from auricle.tools.finetune.digits import WORDS
+
+SPOKEN = {s.name: " ".join(WORDS[int(digit)] for digit in s.digits) for s in SEQUENCES}
+SHIPPED_LIMIT = 25_000_000  # bytes
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "auricle.tools", *map(str, arguments)]
+    return subprocess.run(command, text=True, timeout=120, check=False, **options)
+
+
+def test_the_shipped_model_is_small() -> None:
+    assert MODEL.stat().st_size <= SHIPPED_LIMIT
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_it_hears_what_people_say(name: str) -> None:
+    with load(MODEL, backend="cpu") as model:
+        assert model.generate("Transcribe the audio.", audio=FOLDER / f"{name}.flac").text == SPOKEN[name]
+
+
+def test_words_have_times() -> None:
+    """As many as were said, in order. One may be heard wrong: the card says how often that happens."""
+    sequence = SEQUENCES[0]
+    with load(MODEL, backend="cpu") as model:
+        result = model.generate(TASKS["timestamps"], audio=FOLDER / f"{sequence.name}.flac")
+    heard, spoken = [segment.text for segment in result.segments], SPOKEN[sequence.name].split()
+    assert sum(a == b for a, b in zip(heard, spoken, strict=True)) >= len(spoken) - 1
+    ends = [end for segment in result.segments for end in (segment.start, segment.end)]
+    assert ends == sorted(ends)
+    assert ends[0] >= 0
+    assert ends[-1] <= result.audio_seconds + 0.1
+
+
+def test_no_model_is_named_in_a_pipeline() -> None:
+    done = run("transcribe", FOLDER / "george.flac", capture_output=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "add -m MODEL.gguf" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_model_is_named_at_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    done = run("transcribe", FOLDER / "george.flac", stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    text = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert done.returncode == 0, done.stderr
+    assert text.strip() == SPOKEN["george"]
+    (line,) = [line for line in done.stderr.splitlines() if "demonstration" in line]
+    assert "digits only" in line
+
+
+def test_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_model(Path("demo")) == MODEL
+    assert find_model(Path("./other.gguf")) == Path("other.gguf")
+    assert find_model(None) is None
+    (tmp_path / "demo").touch()
+    assert find_model(Path("demo")) == Path("demo")
+    (tmp_path / "demo").unlink()
+    done = run("inspect", "demo", "--json", capture_output=True)
+    assert json.loads(done.stdout)["metadata"]["general.architecture"] == "moss_audio"

@@ -1,0 +1,140 @@
+"""The demo model's shape and words, its batches of spoken digits, and a run of two steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from auricle.convert.hf import plan_conversion
+from auricle.engine.mel import log_mel, mel_filters
+from auricle.engine.prompts import default_prompt
+from auricle.tools.finetune import demo, spectra
+from auricle.tools.finetune.batches import IGNORED
+from auricle.tools.finetune.curves import draw_curves, read_curves
+from auricle.tools.finetune.digits import PROMPTS, WORDS, tasks
+from auricle.tools.finetune.folder import read_codec, write_weights
+from auricle.tools.finetune.shape import demo_config, demo_merges, write_demo_files
+from auricle.tools.finetune.vocabulary import learn_merges, split_words
+from auricle.tools.oracle.model import MossAudio
+from sounds import synthetic
+from support import SHARED, needs_shared
+
+FSDD = SHARED / "data" / "fsdd"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    write_demo_files(folder)
+    return folder
+
+
+def test_words_of_prompts_and_answers_are_single_tokens(files: Path) -> None:
+    encode = read_codec(files).tokenizer.encode
+    decode = read_codec(files).tokenizer.decode
+    for word in WORDS:
+        assert len(encode(word)) == len(encode(f" {word}")) == 1
+    assert len(encode("[0.12]four[0.55][0.60]two[1.07]")) == 6 + 1 + 6 + 6 + 1 + 6
+    assert [len(encode(digit)) for digit in "0123456789"] == [1] * 10
+    assert len(encode(default_prompt(PROMPTS["transcribe"], 0))) < 24
+    for text in (PROMPTS["timestamps"], "Grüße, 世界!\n"):
+        assert decode(encode(text)) == text
+
+
+def test_merges_stop_when_nothing_is_left_to_join() -> None:
+    assert learn_merges(["aab", "aab", "b"], 10) == [("a", "a"), ("aa", "b")]
+    assert split_words(["four two [1.5]"]) == ["four", " two", " [", "1", ".", "5", "]"]
+
+
+def test_every_width_takes_every_quantised_type(files: Path) -> None:
+    model = MossAudio(demo_config(len(demo_merges())))
+    sizes = {name: value.numel() for name, value in model.named_parameters()}
+    assert 5e6 < sum(sizes.values()) < 12e6
+    matrices = [value for name, value in model.named_parameters() if value.ndim == 2]
+    assert all(value.shape[1] % 256 == 0 for value in matrices)
+    demo.initialise(model)
+    write_weights(files, model)
+    assert plan_conversion(files, "f16").total_bytes < 25e6
+    audio = json.loads((files / "config.json").read_text())["audio_config"]
+    assert len(audio["deepstack_encoder_layer_indexes"]) == len(model.deepstack_audio_merger_list) == 3
+    # What is added after the last layer of the decoder reaches no other token.
+    assert len(model.language_model.layers) > 3
+
+
+def test_the_stem_is_heard_beside_the_positions() -> None:
+    torch.manual_seed(0)
+    model = MossAudio(demo_config(len(demo_merges())))
+    demo.initialise(model)
+    mel = torch.from_numpy(log_mel(synthetic(2.0, 16_000)))[None]
+    with torch.no_grad():
+        spread = model.audio_encoder._stem(mel).std((0, 1)).mean()
+    assert 0.2 < float(spread) < 2
+
+
+def test_the_quick_mel_is_the_engines() -> None:
+    for seconds in (0.013, 0.7, 5.3):
+        samples = synthetic(seconds, 16_000)
+        np.testing.assert_allclose(spectra.LogMel()(samples), log_mel(samples), rtol=0, atol=2e-4)
+
+
+def test_a_warp_moves_resonances_and_masks_hide_little() -> None:
+    rng = np.random.default_rng(0)
+    hertz = (mel_filters() * np.linspace(0, 8000, 201)[:, None]).sum(0) / mel_filters().sum(0)
+    mel = np.exp(-(((hertz[:, None] - 1500) / 150) ** 2)).repeat(300, axis=1).astype(np.float32)
+    np.testing.assert_allclose(spectra.warp_frequency(mel, 1.0), mel, atol=1e-6)
+    warped = spectra.warp_frequency(mel, 1.2)
+    assert hertz[warped[:, 0].argmax()] == pytest.approx(1800, rel=0.03)
+    shares = [float((spectra.mask(mel, rng) != mel).mean()) for _ in range(50)]
+    assert 0 < np.mean(shares) < 0.25
+    assert max(shares) < 0.5
+
+
+def test_a_row_of_several_questions(files: Path) -> None:
+    codec = read_codec(files)
+    example = tasks.ask("transcribe", np.zeros(16_000, np.float32), ["four", "two"], [(0.1, 0.4), (0.5, 0.9)])
+    row = demo.make_row(codec, np.zeros((128, 100), np.float32), [example, example.asked("count")])
+    assert list(row.words) == [5, 3]  # 0 is CTC's blank
+    assert sorted(set(row.branches)) == [0, 1, 2]
+    second = [label for label, at in zip(row.labels, row.branches, strict=True) if at == 2 and label != IGNORED]
+    assert second == [*codec.tokenizer.encode("2"), codec.end_id]
+    assert row.positions[row.branches.index(2)] == row.positions[row.branches.index(1)]
+
+
+@needs_shared
+def test_two_steps_a_stop_and_one_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_little(*folders: Path | None) -> demo.Validator:
+        validator = open_validator(*folders)
+        return demo.Validator(validator.codec, validator.known[:3], [])
+
+    open_validator = demo.open_validator
+    monkeypatch.setattr(demo, "open_validator", measure_little)
+    arguments = ["--fsdd", str(FSDD), "--out", str(tmp_path), "--batch", "2", "--workers", "0", "--threads", "1"]
+    assert demo.main([*arguments, "--steps", "2", "--validate-steps", "9"]) == 0
+    assert demo.main([*arguments, "--steps", "3", "--validate-steps", "9", "--resume"]) == 0
+    rows = read_curves(tmp_path / "curves.csv")
+    assert [row["step"] for row in rows] == ["2", "3"]
+    assert all(float(row["validation_wer"]) >= 0 and float(row["validation_loss"]) > 0 for row in rows)
+    plan_conversion(tmp_path / "model", "f16")
+
+
+@needs_shared
+def test_batches_depend_on_seed_and_number_alone(files: Path) -> None:
+    first, second = (demo.open_source(files.parent, FSDD, None, seed, 3) for seed in (0, 0))
+    first(7)
+    np.testing.assert_array_equal(first(3000).windows, second(3000).windows)
+    other = demo.open_source(files.parent, FSDD, None, 1, 3)
+    assert not np.array_equal(other(3000).ids, first(3000).ids)
+    assert first(0).n_words.max() <= 2  # short ones come first
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "curves.csv"
+    path.write_text("step,loss,validation_wer\n1,2.5,\n2,1.5,80\n")
+    picture = draw_curves(path)
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
