@@ -22,7 +22,7 @@ from ..oracle.model import MossAudio
 from . import spectra
 from .batches import Batch, Codec, Row, collate
 from .digits import PROMPTS, WORDS, Digits, Example
-from .folder import read_codec, write_weights
+from .folder import read_codec, read_gguf_weights, write_weights
 from .greedy import continue_greedily, count_errors
 from .loader import load
 from .model import Trainee, to_tensors
@@ -31,13 +31,14 @@ from .train import Run, Settings
 
 CONV_GAIN = 4.0  # keeps the spread of a log-mel through GELU
 N_HELD_OUT = 6  # synthetic voices kept for validation
-TIMESTAMPS_WEIGHT = 0.3  # of a token; a stamped answer has ten times as many as a plain one
+TIMESTAMPS_WEIGHT = 0.6  # of a token; a stamped answer has ten times as many as a plain one
 MAX_WORDS = 10
 SPEECHLESS = 0.04  # of the clips
+PLAIN = 0.3  # of the clips, as recorded; the others are changed in many ways
 BEFORE_AUDIO = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER_AUDIO = "\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-_SHARES = {"timestamps": 0.25, "count": 0.15, "last": 0.15}  # of the clips; all are transcribed
+_SHARES = {"timestamps": 0.4, "count": 0.15, "last": 0.15}  # of the clips; all are transcribed
 _LONGEST = ((4800, 2), (12_800, 4), (22_400, 7))  # until so many clips are drawn, at most so many words
 
 
@@ -62,6 +63,7 @@ class DigitSource:
     digits: Digits
     seed: int
     n_rows: int
+    gently: bool = True  # short sequences first
 
     def __post_init__(self) -> None:
         self._log_mel = spectra.LogMel()
@@ -72,22 +74,26 @@ class DigitSource:
         return collate(sorted(rows, key=lambda row: len(row.ids)))
 
     def _draw_row(self, rng: np.random.Generator, number: int) -> Row:
-        longest = next((n for until, n in _LONGEST if number * self.n_rows < until), MAX_WORDS)
+        steps = _LONGEST if self.gently else ()
+        longest = next((n for until, n in steps if number * self.n_rows < until), MAX_WORDS)
         n_words = 0 if rng.random() < SPEECHLESS else int(rng.integers(1, longest + 1))
-        example = self.digits.draw(rng, task="transcribe", n_words=n_words)
+        plain = rng.random() < PLAIN
+        example = self.digits.draw(rng, augment=not plain, task="transcribe", n_words=n_words)
         mel = self._log_mel(example.samples)
-        if rng.random() < 0.4:
-            mel = spectra.warp_frequency(mel, np.exp(rng.uniform(np.log(0.88), np.log(1.14))))
-        mel = spectra.mask(mel, rng)
+        if not plain:
+            if rng.random() < 0.4:
+                mel = spectra.warp_frequency(mel, np.exp(rng.uniform(np.log(0.88), np.log(1.14))))
+            mel = spectra.mask(mel, rng)
         asked = [task for task, share in _SHARES.items() if rng.random() < share]
         return make_row(self.codec, mel, [example, *(example.asked(task) for task in asked)])
 
 
-def open_source(out: Path, fsdd: Path, voices: Path | None, seed: int, n_rows: int) -> DigitSource:
+def open_source(out: Path, fsdd: Path, voices: Path | None, seed: int, n_rows: int, gently: bool = True) -> DigitSource:
+    """The source of training; some of the synthetic voices are left to the validator."""
     digits = Digits(fsdd, "train", voices)
     for name in sorted(digits.voices)[-N_HELD_OUT:]:
         del digits.voices[name]
-    return DigitSource(read_codec(out / "model"), digits, seed, n_rows)
+    return DigitSource(read_codec(out / "model"), digits, seed, n_rows, gently)
 
 
 @dataclass
@@ -170,6 +176,8 @@ def train_demo(options: argparse.Namespace) -> None:
     config = write_demo_files(options.out / "model")
     model = MossAudio(config)
     initialise(model)
+    if options.start:
+        read_gguf_weights(model, options.start)
     trainee = Trainee(model, n_words=len(WORDS), dropout=options.dropout)
     settings = Settings(
         learning_rate=options.learning_rate,
@@ -180,7 +188,9 @@ def train_demo(options: argparse.Namespace) -> None:
     run = Run(trainee, settings, options.out)
     if options.resume:
         run.resume()
-    source = partial(open_source, options.out, options.fsdd, options.voices, options.seed, options.batch)
+    source = partial(
+        open_source, options.out, options.fsdd, options.voices, options.seed, options.batch, not options.start
+    )
     ahead = partial(load, source, n_workers=options.workers)
     run.go(ahead, open_validator(options.out, options.fsdd, options.voices))
     write_weights(options.out / "model", model)
@@ -200,6 +210,7 @@ def _read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--validate-steps", type=int, default=1000)
+    parser.add_argument("--start", type=Path, help="a GGUF file of this model to go on from, for another round")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's checkpoint")
     return parser.parse_args(arguments)
 
