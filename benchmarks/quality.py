@@ -159,6 +159,7 @@ def main() -> None:
     types, ablations = ([r for r in rows if r["kind"] == kind] for kind in ("type", "ablation"))
     facts = {"sequences": a.sequences, "seed": a.seed, "imatrix_clips": a.imatrix_clips}
     facts |= {"seconds": round(time.perf_counter() - start), "machine": describe_machine(), "rows": rows}
+    a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "quality.json").write_text(json.dumps(facts) + "\n")
     try:
         plot(types, a.out / "quality.png")
