@@ -161,6 +161,16 @@ class GGUFFile:
         flat = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
         return flat.reshape(*info.shape[:-1], info.format.row_bytes(info.shape[-1]))
 
+    def forget(self, name: str) -> None:
+        """Tensor `name` will not be read soon: its pages leave this process's memory. They stay in the system's cache
+        while there is room, and a later read maps them again."""
+        assert self._map is not None, f"{self.path} is closed"
+        info = self.tensor(name)
+        first, end = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE, info.offset + info.nbytes
+        n_bytes = (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if n_bytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, n_bytes)
+
     def close(self) -> None:
         """Let go of the map. Views handed out before stay valid: the last of them to die unmaps the file."""
         data, self._map = self._map, None

@@ -102,11 +102,10 @@ class Graph:
         return lambda *inputs, **attrs: self.append(op, inputs, attrs)
 
     def append(self, op: str, inputs: tuple[Operand, ...], attrs: Mapping[str, Any]) -> Any:
-        shapes = infer_shapes(op, inputs, attrs)
-        several = isinstance(shapes, list)
-        outputs = tuple(Value(shape) for shape in (shapes if several else [shapes]))
+        results = infer_results(op, inputs, attrs)
+        outputs = results if isinstance(results, tuple) else (results,)
         self.nodes.append(Node(op, inputs, attrs, outputs))
-        return outputs if several else outputs[0]
+        return results
 
     def stage(self, name: str, value: Value) -> Value:
         """Names `value`; returns it, so that a model reads in one line."""
@@ -131,15 +130,13 @@ class Graph:
         return users
 
 
-def infer_shapes(
-    op: str, inputs: tuple[Operand, ...], attrs: Mapping[str, Any]
-) -> tuple[int, ...] | list[tuple[int, ...]]:
-    """The shape of an op's result, or a list of them; a fused op is asked through its expansion."""
+def infer_results(op: str, inputs: tuple[Operand, ...], attrs: Mapping[str, Any]) -> Value | tuple[Value, ...]:
+    """New values for an op's result, or for each of several; a fused op is asked through its expansion."""
     row = OPS[op]
-    if row.rule is not None:
-        return row.rule(*inputs, **attrs)
-    result = row.expand(Graph(), *inputs, **attrs)
-    return [v.shape for v in result] if isinstance(result, tuple) else result.shape
+    if row.rule is None:
+        return row.expand(Graph(), *inputs, **attrs)
+    shapes = row.rule(*inputs, **attrs)
+    return tuple(Value(shape, row.dtype) for shape in shapes) if isinstance(shapes, list) else Value(shapes, row.dtype)
 
 
 def replay(

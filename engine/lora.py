@@ -195,6 +195,10 @@ class AdaptedFile:
     def data(self, name: str) -> np.ndarray:
         return self._held[name] if name in self._held else self._file.data(name)
 
+    def forget(self, name: str) -> None:
+        if name not in self._held:
+            self._file.forget(name)
+
 
 def attach_loras(file: GGUFFile, backend: Backend, specs: Sequence[LoraSpec]) -> tuple[Any, Backend]:
     """`file` with the tensors of adapters, and `backend` with the rule that uses them. Raises as `read_loras` does."""

@@ -4,7 +4,7 @@ A plain op is a shape rule here and a definition in `backends/reference.py`. A f
 expansion: what it means is what the plain ops say. Knows shapes and names, no numbers.
 
 Every rule takes operands as `Value`s (a weight is one too) and returns the shape of the result, or a
-list of shapes when the op has several results. All results are float32.
+list of shapes when the op has several results. Results are float32 unless the op says otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 class Op:
     """One row of the table. `view`: the result is the first operand's memory seen with another shape.
     `writes`: the first operand is a state that the op changes; the result stands for the changed state. `changes`: for
-    each result of a fused op that stands for a changed state, the number of that operand."""
+    each result of a fused op that stands for a changed state, the number of that operand. `dtype`: of the results."""
 
     name: str
     rule: Callable[..., Shape | list[Shape]] | None = None
@@ -32,6 +32,7 @@ class Op:
     view: bool = False
     writes: bool = False
     changes: Mapping[int, int] = field(default_factory=dict)
+    dtype: str = "f32"
 
     def shared(self, output: int) -> int | None:
         """The number of the operand whose memory the result number `output` is; None if it has its own."""
@@ -43,6 +44,11 @@ OPS: dict[str, Op] = {}
 
 def _plain(rule: Callable[..., Shape | list[Shape]]) -> Callable[..., Shape | list[Shape]]:
     OPS[rule.__name__] = Op(rule.__name__, rule=rule)
+    return rule
+
+
+def _whole(rule: Callable[..., Shape]) -> Callable[..., Shape]:
+    OPS[rule.__name__] = Op(rule.__name__, rule=rule, dtype="i32")
     return rule
 
 
@@ -219,6 +225,16 @@ def kv_attention(q: Value, k_cache: Value, v_cache: Value, positions: Value) -> 
     return q.shape
 
 
+# Choosing.
+
+
+@_whole
+def argmax(x: Value) -> Shape:
+    """x [n, d] -> the place of the largest number of each row, the first of equals, or -1 where that is not finite:
+    int32 [n]."""
+    return x.shape[:-1]
+
+
 # Observing.
 
 
@@ -296,13 +312,13 @@ def wide_linear(
     close: str,
 ) -> tuple[Value, ...]:
     """Linear maps of one x with what stands before and after them. `norm`: the weight of an RMSNorm, or weight and bias
-    of a LayerNorm. `close`: "gate" makes silu(first) * second of two maps, "gelu" is applied to each, "none" is not;
-    then `residual` is added."""
+    of a LayerNorm. `close`: "gate" makes silu(first) * second of two maps, "gelu" and "argmax" are applied to each,
+    "none" is not; then `residual` is added."""
     if norm is not None:
         x = g.rms_norm(x, *norm, eps=eps) if len(norm) == 1 else g.layer_norm(x, *norm, eps=eps)
     if close == "gate":
         return (g.gated_linear(x, *weights),)
     results = [g.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-    if close == "gelu":
-        results = [g.gelu(y) for y in results]
+    if close in ("gelu", "argmax"):
+        results = [getattr(g, close)(y) for y in results]
     return tuple(results if residual is None else (g.add(residual, y) for y in results))

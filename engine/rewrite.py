@@ -189,11 +189,13 @@ def absorb_norms(graph: Graph, capture: Collection[str] = ()) -> Graph:
 
 
 def absorb_closings(graph: Graph, capture: Collection[str] = ()) -> Graph:
-    """gelu(wide_linear(x)), and add(r, wide_linear(x)) in either order -> wide_linear(x) that does it."""
+    """gelu(wide_linear(x)), add(r, wide_linear(x)) in either order, and argmax(wide_linear(x)) of one token
+    -> wide_linear(x) that does it."""
     made_by, private = _producers(graph), _private(graph, capture)
     closed: dict[Node, tuple[Node, Value | None]] = {}  # the op that closes: the linear, and what is added
     for node in graph.nodes:
-        pairs = [(node.inputs[0], None)] if node.op == "gelu" else []
+        lone = node.op == "argmax" and node.inputs[0].shape[:-1] == (1,)
+        pairs = [(node.inputs[0], None)] if node.op == "gelu" or lone else []
         if node.op == "add" and node.inputs[0].shape == node.inputs[1].shape:
             pairs = [node.inputs[::-1], node.inputs]
         for value, residual in pairs:
@@ -208,7 +210,7 @@ def absorb_closings(graph: Graph, capture: Collection[str] = ()) -> Graph:
             return None
         linear, residual = closed[node]
         operands = [current(v) for v in (*linear.inputs[:4], residual)]
-        attrs = linear.attrs if residual is not None else {**linear.attrs, "close": "gelu"}
+        attrs = linear.attrs if residual is not None else {**linear.attrs, "close": node.op}
         return new.wide_linear(*operands, **attrs)
 
     absorbed = {linear for linear, _ in closed.values()}

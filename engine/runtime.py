@@ -227,9 +227,12 @@ class Runtime:
         self.find_room(position + n_steps, keep=True)
         key = ("steps", *sampler.options.kind)
         if key not in self._programs:
-            draft = self._fit_arena(draft_program(self.config, self.backend, self.n_slots, ONE_TOKEN, ["logits"]))
+            kind, n_vocab = sampler.options.kind, self.config.decoder.vocab_size
+            head, result = ("token", "token") if kind.likeliest else ("all", "logits")
+            program = ("decoder", 1, head, False)
+            draft = self._fit_arena(draft_program(self.config, self.backend, self.n_slots, program, [result]))
             bind = self.backend.bind_steps
-            self._keep(key, bind(draft, self._weights, self.caches, self._arena, sampler.options.kind, self.n_slots))
+            self._keep(key, bind(draft, self._weights, self.caches, self._arena, kind, n_vocab, self.n_slots))
         yield from self._programs[key].run(token, position, n_steps, sampler)
 
     def trace_decoder(

@@ -27,6 +27,11 @@ class Kind(NamedTuple):
     top_k: bool
     top_p: bool
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether it is the likeliest token as the logits are."""
+        return not self.drawn and not self.penalised
+
 
 @dataclass(frozen=True)
 class SamplingOptions:

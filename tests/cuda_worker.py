@@ -37,6 +37,7 @@ from stand_in import StandIn
 REFERENCE = find_backend("reference")
 MOST_NUMBERS = 300_000  # of the matrices of a case that is run here
 OTHER_TYPES = ("linear-1x256x300", "gated_linear-4x256x300", "linears-19x768", "get_rows")
+HEAD = Case("head", lambda g: g.argmax(g.linear(g.input("x", (1, 256)), g.weight("w", (1100, 256)))))
 SMALL = SampleShape(
     enc_d_model=64, enc_n_layer=1, enc_n_head=2, enc_d_ff=64, enc_d_conv=4, enc_d_out=64, taps=(0,), n_inject=1,
     d_adapter=64, d_model=64, n_layer=1, n_head=4, n_kv_head=2, d_head=32, d_ff=96, n_vocab=320,
@@ -95,6 +96,7 @@ def run_ops() -> dict[str, Any]:
                 errors[f"{case.name} {fmt}"] = error_of(case, chosen, fmt)
         if case.name == "kv_attention-1x8of2x32-after-40":
             errors |= {f"{case.name} {fmt}": error_of(case, chosen, F32, fmt) for fmt in (F16, Q8_0)}
+    errors |= {f"head {fmt}": error_of(HEAD, chosen, fmt) for fmt in (F16, Q4_K)}
     return {"errors": errors, "large": {n: large_channel(chosen, n) for n in (2, 9)}}
 
 

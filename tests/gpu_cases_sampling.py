@@ -117,8 +117,10 @@ def test_penalty_and_steps() -> None:
     logits, seen = logits_of(2000, 2), torch.zeros(2000, dtype=torch.uint8)
     history, position = torch.full((3,), -1, dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
     step, settings = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 0, 1, 0, 1.3], dtype=torch.float64)
-    for token in (5, 1999, 5, 17):  # one more than the history holds
-        sampling.advance(torch.tensor([token], dtype=torch.int32), history, position, step, seen)
+    token = torch.tensor([-7], dtype=torch.int32)
+    for found in (5, 1999, 5, 17):  # one more than the history holds
+        sampling.advance(torch.tensor([found], dtype=torch.int32), token, history, position, step, seen)
+        assert int(token) == found
     assert history.tolist() == [5, 1999, 5]
     assert (int(position), int(step)) == (44, 4)
     assert seen.nonzero().ravel().tolist() == [5, 17, 1999]

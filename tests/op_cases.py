@@ -164,6 +164,7 @@ def _rows() -> list[Case]:
         Case("take_rows", lambda g: g.take_rows(g.input("x", rows), g.input("i", (3,), "i32")), {"i": [6, 0, 6]}),
         Case("put_rows", put("put_rows"), {"i": index}),
         Case("add_rows", put("add_rows"), {"i": index}),
+        Case("argmax", lambda g: g.argmax(g.input("x", rows))),
         Case("permute", lambda g: g.permute(g.input("x", (2, 3, 4, 5)), dims=(0, 3, 1, 2))),
         Case("reshape", lambda g: g.add(g.reshape(g.input("x", (4, 6)), shape=(2, 12)), g.input("y", (2, 12)))),
     ]

@@ -121,6 +121,20 @@ def test_rules_leave_few_launches() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("n_tokens", [1, 2])
+def test_the_head_of_one_token_finds_the_likeliest_itself(n_tokens: int) -> None:
+    g = Graph()
+    h = g.rms_norm(g.input("x", (n_tokens, 32)), g.weight("norm", (32,)), eps=1e-6)
+    logits = g.stage("logits", g.linear(h, g.weight("head", (40, 32))))
+    token = g.stage("token", g.argmax(logits))
+    assert (token.shape, token.dtype) == ((n_tokens,), "i32")
+    closed = absorb_closings(absorb_norms(widen_linears(cut(g, ["token"]))), ["token"])
+    assert [n.op for n in closed.nodes] == (["wide_linear"] if n_tokens == 1 else ["wide_linear", "argmax"])
+    assert closed.stages["token"].dtype == "i32"
+    seen = absorb_closings(absorb_norms(widen_linears(g)), ["token", "logits"])
+    assert [n.op for n in seen.nodes] == ["wide_linear", "argmax"]
+
+
 @pytest.mark.parametrize(
     ("stage", "stays"), [("normed", "rms_norm"), ("turned", "norm_rope"), ("o", "add")], ids=lambda x: x
 )

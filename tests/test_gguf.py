@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
 import struct
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -25,7 +27,7 @@ from auricle.engine.gguf import (
     u32,
 )
 from auricle.engine.gguf_write import plan_layout
-from auricle.kernels.formats import FORMATS, Q4_K, Q8_0
+from auricle.kernels.formats import F32, FORMATS, Q4_K, Q8_0
 from gguf_samples import METADATA, TENSORS, fill
 from support import SHARED, needs_shared
 
@@ -265,6 +267,25 @@ def test_views_are_read_only_lie_in_the_map_and_outlive_close(tmp_path):
     gc.collect()
     assert view.tobytes() == contents["w"]
     assert ids.tolist() == [-1, 2]
+
+
+def mapped_kib(path):
+    """How much of a mapped file is in this process's memory."""
+    parts = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return sum(int(re.search(r"Rss: +(\d+)", part)[1]) for part in parts if str(path) in part)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells mapped pages by Linux's /proc")
+def test_a_forgotten_tensor_leaves_memory_and_can_be_read_again(tmp_path):
+    path = tmp_path / "a.gguf"
+    contents = fill(path, METADATA, [("a", (256, 1024), F32), ("w", (2048, 1024), F32)])
+    with open_gguf(path) as file:
+        assert {name: file.data(name).tobytes() for name in contents} == contents
+        before = mapped_kib(path)
+        assert before >= 9 * 1024
+        file.forget("w")
+        assert mapped_kib(path) <= before - 8 * 1024 + 8  # all but the pages it shares
+        assert {name: file.data(name).tobytes() for name in contents} == contents
 
 
 def test_a_closed_file_gives_no_data(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from ...kernels.gpu.linear import Norm, Picker, gated_linear, linear, scratch_bytes
+from ...kernels.gpu.linear import Best, Norm, Picker, best_programs, gated_linear, linear, scratch_bytes
+from ...kernels.gpu.sampling import argmax_pairs
+from ...kernels.gpu.weights import DeviceWeight
 from ..graph import Node
 from .backend import Bound, Kernel
 
@@ -22,12 +25,28 @@ def rows_of(x: Tensor) -> Tensor:
 
 def bind_wide_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor | None, pick: Picker) -> Call:
     x, weights, biases = rows_of(inputs[0]), inputs[2], inputs[3]
-    outs = [rows_of(out) for out in outputs]
+    outs = [rows_of(out) for out in outputs if len(out.shape) > 1]
     shared = {"norm": norm_of(inputs[1], node.attrs["eps"]), "scratch": scratch, "pick": pick}
     if node.attrs["close"] == "gate":
         return lambda: gated_linear(x, *weights, outs[0], **shared)
+    if node.attrs["close"] == "argmax":
+        return bind_argmax(x, weights, biases, outputs[0], shared)
     shared |= {"residual": None if inputs[4] is None else rows_of(inputs[4]), "epilogue": node.attrs["close"]}
     return lambda: linear(x, weights, biases, outs, **shared)
+
+
+def bind_argmax(
+    x: Tensor, weights: Sequence[DeviceWeight], biases: Sequence[Tensor | None], token: Tensor, shared: dict[str, Any]
+) -> Call:
+    """The product's outputs are not kept: each program leaves the largest of its own in the scratch."""
+    n, pairs = best_programs(weights[0], 1, shared["pick"]), shared.pop("scratch").view(2, -1)
+    best = Best(pairs[0].view(torch.float32)[:n, None], pairs[1].view(torch.int32)[:n, None])
+
+    def call() -> None:
+        linear(x, weights, biases, [None], best=best, **shared)
+        argmax_pairs(best.values, best.indices, token)
+
+    return call
 
 
 def norm_of(operands: tuple[Tensor, ...] | None, eps: float) -> Norm | None:
@@ -39,6 +58,8 @@ def norm_of(operands: tuple[Tensor, ...] | None, eps: float) -> Norm | None:
 
 def wide_linear_bytes(node: Node) -> int:
     x = node.inputs[0]
+    if node.attrs["close"] == "argmax":
+        return 8 * node.inputs[2][0].shape[0]  # a pair for each row: more than there are programs
     n_cols = x.shape[-1]
     return scratch_bytes(x.size // n_cols, n_cols)
 

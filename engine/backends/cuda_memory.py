@@ -103,6 +103,7 @@ class CardWeights(Weights):
             weight, start = load_weight(self._file, name), self._offsets[name]
             memory = self._memory[group][start : start + placed_bytes(weight.format, weight.shape)]
             self._placed[name] = self._device.bring(weight, memory)
+            self._file.forget(name)
         return self._placed[name]
 
     def drop(self, group: str) -> None:

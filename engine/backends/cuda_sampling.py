@@ -47,6 +47,7 @@ class Choice:
         """The call that chooses from `logits` float32 [n_vocab], which it may change, and counts on."""
         p = self._parts
         pairs, seen = (p["maxima"], p["indices"]), p["seen"] if kind.penalised else None
+        count_on = self.bind_counters(p["token"], seen)
 
         def call() -> None:
             if kind.penalised:
@@ -56,9 +57,14 @@ class Choice:
             if kind.drawn:
                 limits = {"top_k": kind.top_k, "top_p": kind.top_p}
                 sampling.draw(logits, p["settings"], p["uniform"], p["step"], p["token"], p["scratch"], **limits)
-            sampling.advance(p["token"], p["history"], p["position"], p["step"], seen)
+            count_on()
 
         return call
+
+    def bind_counters(self, found: Tensor, seen: Tensor | None = None) -> Callable[[], None]:
+        """The call that takes `found` int32 [1] for the next token and counts on."""
+        p = self._parts
+        return lambda: sampling.advance(found, p["token"], p["history"], p["position"], p["step"], seen)
 
 
 def choice_parts(n_vocab: int, n_slots: int) -> dict[str, tuple[torch.dtype, int]]:

@@ -33,15 +33,20 @@ class Stepper:
         states: Mapping[str, Any],
         arena: Tensor,
         kind: Kind,
+        n_vocab: int,
         n_slots: int,
     ) -> None:
-        """`draft`: the decoder for one token, with the stage `logits`."""
+        """`draft`: the decoder for one token, with the stage `token` for the likeliest and `logits` for other kinds."""
         device: CardDevice = draft.backend.device
         self._card = device.card
-        self._choice = Choice(device, draft.graph.stages["logits"].shape[-1], n_slots)
+        self._choice = Choice(device, n_vocab, n_slots)
         inputs = {"input_ids": self._choice.token, "positions": self._choice.position}
         self._program = Program(draft, weights, states, arena, inputs=inputs)
-        self._choose = self._choice.bind(self._program.outputs["logits"][0], kind)
+        results = self._program.outputs
+        if kind.likeliest:
+            self._choose = self._choice.bind_counters(results["token"])
+        else:
+            self._choose = self._choice.bind(results["logits"][0], kind)
         self._ring = [(self._card.pinned(4).view(torch.int32), self._card.event()) for _ in range(RING)]
         self._replay: Callable[[], None] | None = None
 

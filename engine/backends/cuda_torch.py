@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..graph import Node
 from .backend import Bound, Kernel
+from .reference import argmax
 
 Tensor = torch.Tensor
 Call = Callable[[], None]
@@ -45,6 +46,10 @@ def bind_conv2d(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call
     return lambda: outputs[0].copy_(F.conv2d(x, weight, bias, **node.attrs))
 
 
+def bind_argmax(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
+    return lambda: outputs[0].copy_(argmax(inputs[0]))
+
+
 def bind_sum_squares(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     """The sums are kept by whoever observes, in the processor's memory: this one waits."""
     sums, x, *rest = inputs
@@ -64,6 +69,10 @@ def conv_bytes(node: Node) -> int:
     return sum(v.nbytes for v in (*node.outputs, *node.operands))
 
 
+def argmax_bytes(node: Node) -> int:
+    return 3 * node.inputs[0].nbytes  # what is compared, and places of 8 bytes
+
+
 def squares_bytes(node: Node) -> int:
     return 3 * node.inputs[1].nbytes
 
@@ -74,6 +83,7 @@ KERNELS = {
     "gelu": Kernel(bind_gelu),
     "silu": Kernel(bind_silu),
     "permute": Kernel(bind_permute),
+    "argmax": Kernel(bind_argmax, transient=argmax_bytes),
     "conv2d": Kernel(bind_conv2d, transient=conv_bytes),
     "sum_squares": Kernel(bind_sum_squares, transient=squares_bytes),
 }

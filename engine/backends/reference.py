@@ -135,6 +135,13 @@ def kv_attention(q: Tensor, k_cache: CacheTensor, v_cache: CacheTensor, position
 
 
 @_define
+def argmax(x: Tensor) -> Tensor:
+    most = x.amax(-1, keepdim=True)
+    first = torch.where(x == most, torch.arange(x.shape[-1], device=x.device), x.shape[-1]).amin(-1)
+    return torch.where(most[..., 0].isfinite(), first, -1)
+
+
+@_define
 def sum_squares(sums: Tensor, x: Tensor, lengths: Tensor | None = None) -> None:
     """Takes the stored sums and changes them."""
     if lengths is not None:

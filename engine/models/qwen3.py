@@ -12,7 +12,8 @@ from typing import Literal
 
 from ..graph import Graph, Value
 
-Head = Literal["none", "last", "all"]
+Head = Literal["none", "last", "all", "token"]
+"""What comes after the last layer: nothing; logits of the last token, or of all; or the likeliest token after each."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def build_decoder(
     """Appends the decoder for `n_tokens` tokens with a cache of `n_ctx` slots.
 
     Inputs `input_ids`, `positions` [n_tokens] int32. Stages `llm.embed`, `llm.blk.N` (before an injection),
-    `llm.inject.N` (after it), `llm.final_norm` [n_tokens, hidden] and `logits` [1 or n_tokens, vocab].
+    `llm.inject.N` (after it), `llm.final_norm` [n_tokens, hidden], `logits` [1 or n_tokens, vocab], `token` [n_tokens].
     """
     ids = g.input("input_ids", (n_tokens,), "i32")
     positions = g.input("positions", (n_tokens,), "i32")
@@ -68,7 +69,9 @@ def build_decoder(
     x = g.rms_norm(x, g.weight("llm.final_norm.weight", (c.hidden_size,)), eps=c.rms_norm_eps)
     g.stage("llm.final_norm", x)
     lm_head = embed if tied else g.weight("llm.lm_head.weight", (c.vocab_size, c.hidden_size))
-    g.stage("logits", g.linear(x, lm_head))
+    logits = g.stage("logits", g.linear(x, lm_head))
+    if head == "token":
+        g.stage("token", g.argmax(logits))
 
 
 def build_block(g: Graph, c: DecoderConfig, n: int, x: Value, positions: Value, n_ctx: int) -> Value:

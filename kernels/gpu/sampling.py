@@ -282,8 +282,9 @@ def _penalise(logits, seen, settings, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _advance(token, history, seen, position, step, n_history, n):
-    chosen, now = tl.load(token), tl.load(step)
+def _advance(found, token, history, seen, position, step, n_history, n):
+    chosen, now = tl.load(found), tl.load(step)
+    tl.store(token, chosen)
     tl.store(history + now, chosen, mask=now < n_history)
     if seen is not None:
         tl.store(seen + chosen, 1, mask=(chosen >= 0) & (chosen < n))
@@ -298,15 +299,17 @@ def penalise(logits: torch.Tensor, seen: torch.Tensor, settings: torch.Tensor) -
 
 
 def advance(
+    found: torch.Tensor,
     token: torch.Tensor,
     history: torch.Tensor,
     position: torch.Tensor,
     step: torch.Tensor,
     seen: torch.Tensor | None = None,
 ) -> None:
-    """Ends a step: history[step] = token, seen[token] = 1, position and step one further. All int32 but seen, uint8."""
+    """Ends a step: token = history[step] = found, seen[found] = 1, position and step one further; `found` may be the
+    token itself. All int32 but seen, uint8."""
     n = 0 if seen is None else seen.numel()
-    _advance[(1,)](token, history, seen, position, step, history.numel(), n, num_warps=1)
+    _advance[(1,)](found, token, history, seen, position, step, history.numel(), n, num_warps=1)
 
 
 def static_cases() -> Iterator[Case]:
@@ -334,5 +337,7 @@ def static_cases() -> Iterator[Case]:
     yield case(_survivors, row | search | settings | sums, block)
     yield case(_draw, row | search | settings | sums | drawn | token | count, block | {"BLOCKS": blocks})
     yield case(_penalise, row | settings | {"seen": "*u8"}, block)
-    signature = dict.fromkeys(("token", "history", "position", "step", "n_history", "n"), "*i32") | {"seen": "*u8"}
+    signature = dict.fromkeys(("found", "token", "history", "position", "step", "n_history", "n"), "*i32") | {
+        "seen": "*u8"
+    }
     yield case(_advance, signature | {"n_history": "i32", "n": "i32:16"}, {}, 1)
