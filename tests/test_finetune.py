@@ -25,7 +25,7 @@ from auricle.tools.finetune.model import Trainee, to_tensors
 from auricle.tools.finetune.passes import RMSNorm, Rotate
 from auricle.tools.finetune.train import Run, Settings, TrainingError
 from auricle.tools.finetune.tune import Task, TaskError, finetune, part_of
-from auricle.tools.oracle.model import Oracle, load_oracle
+from auricle.tools.oracle.model import Oracle, OracleError, load_oracle
 from auricle.tools.sample import SampleShape
 from checkpoints import copy_checkpoint
 from sounds import synthetic
@@ -402,7 +402,7 @@ def test_a_run_is_not_overwritten_and_options_are_checked(folders, tmp_path: Pat
         finetune(job)
     with pytest.raises(TaskError, match="--freeze ears"):
         finetune(task(folders, tmp_path, output_dir=tmp_path / "b", freeze=("ears",)))
-    with pytest.raises(FolderError, match="can't read"):
+    with pytest.raises(OracleError, match="can't read"):
         finetune(task(folders, tmp_path, output_dir=tmp_path / "c", model_dir=tmp_path / "nothing"))
 
 

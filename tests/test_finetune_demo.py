@@ -17,9 +17,9 @@ from auricle.tools.finetune.batches import IGNORED
 from auricle.tools.finetune.curves import draw_curves, read_curves
 from auricle.tools.finetune.digits import PROMPTS, WORDS, tasks
 from auricle.tools.finetune.folder import read_codec, write_weights
-from auricle.tools.finetune.shape import demo_config, demo_merges, write_demo_files
-from auricle.tools.finetune.vocabulary import learn_merges, split_words
+from auricle.tools.finetune.shape import demo_config, demo_merges, split_words, write_demo_files
 from auricle.tools.oracle.model import MossAudio
+from auricle.tools.sample import learn_merges
 from sounds import synthetic
 from support import SHARED, needs_shared
 

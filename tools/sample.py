@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 
 from ..kernels.errors import AuricleError
 
-N_MERGE = 64
+N_MERGE, N_BYTES = 64, 256
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", None, None, None, "<think>", "</think>")
 """In the order of their ids, after the last merge; None: the audio token and its two brackets, which the tokenizer
 files of the published checkpoints do not define either."""
@@ -74,7 +74,7 @@ class SampleShape:
         assert self.n_mels % 8 == 0, f"{self.n_mels=}"
         assert len(set(self.taps)) == len(self.taps), f"{self.taps=}"
         assert all(0 <= tap < self.enc_n_layer for tap in self.taps), f"{self.taps=} {self.enc_n_layer=}"
-        assert self.n_vocab >= 256 + len(SPECIAL_TOKENS), f"{self.n_vocab=}"
+        assert self.n_vocab >= N_BYTES + len(SPECIAL_TOKENS), f"{self.n_vocab=}"
 
     @property
     def n_merger(self) -> int:
@@ -83,11 +83,11 @@ class SampleShape:
     @property
     def n_merge(self) -> int:
         """Merges of the tokenizer: fewer in a vocabulary that is nearly filled by the single bytes."""
-        return min(N_MERGE, self.n_vocab - 256 - len(SPECIAL_TOKENS))
+        return min(N_MERGE, self.n_vocab - N_BYTES - len(SPECIAL_TOKENS))
 
     @property
     def first_special_id(self) -> int:
-        return 256 + self.n_merge
+        return N_BYTES + self.n_merge
 
 
 def write_checkpoint(
@@ -108,7 +108,7 @@ def write_checkpoint(
             unfinished = Path(scratch) / directory.name
             unfinished.mkdir()
             _write_configs(unfinished, shape)
-            _write_tokenizer(unfinished, shape)
+            write_tokenizer(unfinished, learn_merges(cut_corpus(), shape.n_merge))
             _write_weights(unfinished, make_weights(shape, seed), n_shard)
             os.replace(unfinished, directory)
     except OSError as error:
@@ -218,7 +218,7 @@ def _write_weights(directory: Path, weights: dict[str, np.ndarray], n_shard: int
         total = sum(2 * weights[name].size for name in names)
         weight_map = {name: files[i % n_shard] for i, name in enumerate(names)}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_configs(directory: Path, shape: SampleShape) -> None:
@@ -252,9 +252,9 @@ def _write_configs(directory: Path, shape: SampleShape) -> None:
         "top_k": 50,
         "top_p": 1.0,
     }
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "processor_config.json", processor)
-    _write_json(directory / "generation_config.json", generation)
+    write_json(directory / "config.json", config)
+    write_json(directory / "processor_config.json", processor)
+    write_json(directory / "generation_config.json", generation)
 
 
 def _audio_config(shape: SampleShape) -> dict[str, Any]:
@@ -309,17 +309,23 @@ def byte_symbols() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def learn_merges(n_merge: int) -> list[tuple[str, str]]:
-    """The `n_merge` most frequent pairs of symbols in the corpus, one by one; ties in order of the alphabet."""
+def cut_corpus() -> list[str]:
+    """The pieces of the corpus that merges never cross."""
+    return re.findall(r" ?[^\W\d]+|\d| ?[^\w\s]+|\s+", CORPUS)
+
+
+def learn_merges(words: Sequence[str], n_merge: int) -> list[tuple[str, str]]:
+    """At most `n_merge` merges, the most frequent pair first, until each word is one token; ties by the alphabet."""
     symbol = byte_symbols()
-    pieces = re.findall(r" ?[^\W\d]+|\d| ?[^\w\s]+|\s+", CORPUS)
-    words = [[symbol[byte] for byte in piece.encode()] for piece in pieces]
+    pieces = [[symbol[byte] for byte in word.encode()] for word in words]
     merges: list[tuple[str, str]] = []
     while len(merges) < n_merge:
-        counts = Counter(pair for word in words for pair in pairwise(word))
+        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
+        if not counts:
+            break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
-        words = [_join(word, best) for word in words]
+        pieces = [_join(piece, best) for piece in pieces]
     return merges
 
 
@@ -333,21 +339,16 @@ def _join(word: list[str], pair: tuple[str, str]) -> list[str]:
     return joined
 
 
-def _write_tokenizer(directory: Path, shape: SampleShape) -> None:
-    merges = learn_merges(shape.n_merge)
+def special_ids(n_merge: int) -> dict[str, int]:
+    """{token: id} of what the tokenizer files define; the audio token and its two marks stand between, unnamed."""
+    return {token: N_BYTES + n_merge + at for at, token in enumerate(SPECIAL_TOKENS) if token}
+
+
+def write_tokenizer(directory: Path, merges: Sequence[tuple[str, str]]) -> None:
+    """vocab.json, merges.txt, added_tokens.json and tokenizer_config.json, as on the hub."""
     tokens = [*byte_symbols().values(), *("".join(pair) for pair in merges)]
-    specials = {token: shape.first_special_id + i for i, token in enumerate(SPECIAL_TOKENS) if token}
-    decoder = {
-        str(i): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": token.startswith("<|"),
-        }
-        for token, i in specials.items()
-    }
+    specials = special_ids(len(merges))
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
@@ -359,16 +360,18 @@ def _write_tokenizer(directory: Path, shape: SampleShape) -> None:
         "errors": "replace",
         "split_special_tokens": False,
         "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": decoder,
+        "added_tokens_decoder": {
+            str(i): {"content": token, **plain, "special": token.startswith("<|")} for token, i in specials.items()
+        },
     }
-    _write_json(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    _write_json(directory / "added_tokens.json", specials)
-    _write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_json(directory / "added_tokens.json", specials)
+    write_json(directory / "tokenizer_config.json", settings)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 

@@ -5,11 +5,9 @@ Knows the files; the model's maths is the oracle's.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from ...engine.tokenizer import Tokenizer
 from ...kernels.dequantize import dequantize
 from ...kernels.errors import AuricleError
 from ..oracle.lazy import Shards
-from ..oracle.model import MossAudio
+from ..oracle.model import MossAudio, read_json
 from .batches import Codec, make_codec
 
 SMALL_FILES = (".json", ".txt", ".jinja", ".model")
@@ -38,9 +36,10 @@ class FolderError(AuricleError):
 def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
     """Tokenizer, ids and window of a checkpoint; time markers as its processor_config.json says unless given.
 
-    Raises FolderError, ConversionError or PromptError for files that are missing or wrong.
+    Raises FolderError, OracleError, ConversionError or PromptError for files that are missing or wrong.
     """
-    config, processor = _read_json(folder / "config.json"), _read_json(folder / "processor_config.json", {})
+    config, settings = read_json(folder / "config.json"), folder / "processor_config.json"
+    processor = read_json(settings) if settings.exists() else {}
     audio = {
         key: next((part[key] for part in (processor, config) if part.get(key) is not None), usual)
         for key, usual, _ in AUDIO_TOKENS
@@ -63,8 +62,11 @@ def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
 
 
 def read_model(folder: Path) -> MossAudio:
-    """The model of a checkpoint folder with its weights in float32, to be trained. Raises FolderError."""
-    config = _read_json(folder / "config.json")
+    """The model of a checkpoint folder with its weights in float32, to be trained.
+
+    Raises FolderError or OracleError.
+    """
+    config = read_json(folder / "config.json")
     try:
         model = MossAudio(config)
         shards = Shards(folder)
@@ -110,11 +112,7 @@ def copy_files(source: Path, target: Path) -> None:
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
-            if (
-                path.is_file()
-                and path.suffix in (".json", ".txt", ".jinja", ".model")
-                and "safetensors" not in path.name
-            ):
+            if path.is_file() and path.suffix in SMALL_FILES and "safetensors" not in path.name:
                 shutil.copyfile(path, target / path.name)
     except OSError as error:
         raise FolderError(f"can't copy {source} to {target}: {error.strerror or error}") from None
@@ -128,15 +126,3 @@ def write_weights(folder: Path, model: MossAudio) -> None:
     unfinished = folder / "model.safetensors.part"
     save_file(weights, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / "model.safetensors")
-
-
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    if default is not None and not path.exists():
-        return default
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FolderError(f"can't read {path}: {error}; give the folder of a Hugging Face checkpoint") from None
-    if not isinstance(content, dict):
-        raise FolderError(f"{path} holds no JSON object; give the folder of a Hugging Face checkpoint")
-    return content

@@ -5,12 +5,17 @@ About 6.7 million parameters, widths all multiples of 256 so that every quantise
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
 from ...engine.prompts import TASKS, default_prompt
+from ...engine.tokenizer import QWEN2_PATTERN
+from ..sample import N_BYTES, SPECIAL_TOKENS, learn_merges, special_ids, write_json, write_tokenizer
 from .digits import PROMPTS, WORDS
-from .vocabulary import audio_ids, learn_merges, special_ids, split_words, write_json, write_tokenizer
 
 N_VOCAB = 544
 TAPS = (0, 1, 2)
@@ -20,7 +25,19 @@ def demo_merges() -> list[tuple[str, str]]:
     """Merges that make each word of the prompts and answers one token, as far as the vocabulary has room."""
     texts = [default_prompt("", 0), *PROMPTS.values(), *(f"{word} {word}" for word in WORDS), "none", TASKS["describe"]]
     words = [word for word in split_words(texts) if not word.startswith(("[", "]", "<", "|"))]
-    return learn_merges(words, N_VOCAB - 256 - 8)
+    return learn_merges(words, N_VOCAB - N_BYTES - len(SPECIAL_TOKENS))
+
+
+def split_words(texts: Iterable[str]) -> list[str]:
+    """The pieces that merges never cross, as the model's pre-tokeniser cuts them."""
+    splitter = Split(Regex(QWEN2_PATTERN), "isolated")
+    return [piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)]
+
+
+def audio_ids(n_merge: int) -> dict[str, int]:
+    """The three ids that processor_config.json names."""
+    first = N_BYTES + n_merge + SPECIAL_TOKENS.index(None)
+    return {"audio_token_id": first, "audio_start_id": first + 1, "audio_end_id": first + 2}
 
 
 def demo_config(n_merge: int) -> dict[str, Any]:

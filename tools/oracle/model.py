@@ -297,7 +297,7 @@ def load_oracle(checkpoint_dir: str | Path, resident_bytes: int = sys.maxsize) -
     or values the model can't have (a window that is no multiple of 8 frames, a tap outside the encoder).
     """
     directory = Path(checkpoint_dir)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     try:
         _check_config(config)
         with torch.device("meta"):  # the weights are assigned below: no memory or time is spent on initial values
@@ -314,7 +314,8 @@ def load_oracle(checkpoint_dir: str | Path, resident_bytes: int = sys.maxsize) -
     return Oracle(model.eval())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint folder. Raises OracleError unless it holds a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
