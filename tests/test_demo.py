@@ -77,5 +77,7 @@ def test_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "demo").touch()
     assert find_model(Path("demo")) == Path("demo")
     (tmp_path / "demo").unlink()
+    (tmp_path / "demo").mkdir()
+    assert find_model(Path("demo")) == MODEL
     done = run("inspect", "demo", "--json", capture_output=True)
     assert json.loads(done.stdout)["metadata"]["general.architecture"] == "moss_audio"

@@ -15,4 +15,4 @@ NAME = "demo"  # what stands for it on the command line
 def find_model(path: Path | None) -> Path | None:
     """The path of a model that a user names: `demo` stands for the one in the box, unless there is a file of that
     name."""
-    return MODEL if path == Path(NAME) and not path.exists() else path
+    return MODEL if path == Path(NAME) and not path.is_file() else path

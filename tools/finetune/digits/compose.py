@@ -29,12 +29,12 @@ _MIXED = 0.15  # of the sequences in training
 class Digits:
     """Draws clips of spoken digits with questions and answers, from one split of the recordings."""
 
-    def __init__(self, folder: Path, split: str, voices: Path | None = None):
-        """Loads a split ("train", "validation", "test", "unheard") of `folder`, and of `voices` everything.
+    def __init__(self, folder: Path, split: str, voices: Path | None = None, speaker: str | None = None):
+        """Loads a split of `folder` as `load_split` does, and of `voices` everything.
 
         Raises DigitsError for an unknown split and for a folder without its recordings.
         """
-        self.recordings = load_split(Path(folder), split)
+        self.recordings = load_split(Path(folder), split, speaker)
         self.speakers = by_speaker(self.recordings)
         synthetic = load_recordings(Path(voices), kind="of synthetic voices") if voices else []
         self.voices = by_speaker(synthetic)
@@ -79,7 +79,7 @@ class Digits:
             left = sum(max(count, 0) for count in unused.values())
             speaker = max(unused, key=unused.__getitem__)
             n_words = min(max(1 + int(rng.integers(MAX_WORDS)), -(-left // n_left)), MAX_WORDS)
-            if len(decks[speaker]) < n_words:
+            while len(decks[speaker]) < n_words:
                 decks[speaker] += _shuffled(rng, self.speakers[speaker])
             spoken = [decks[speaker].pop(0) for _ in range(n_words)]
             pauses = draw_pauses(rng, n_words)

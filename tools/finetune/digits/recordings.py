@@ -23,12 +23,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 UNHEARD_SPEAKER = "yweweler"  # never in training or validation
 
 _NAME = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
-_SPLITS: dict[str, Callable[[str, int], bool]] = {
-    "train": lambda speaker, index: speaker != UNHEARD_SPEAKER and index >= 10,
-    "validation": lambda speaker, index: speaker != UNHEARD_SPEAKER and 5 <= index < 10,
-    "test": lambda speaker, index: speaker != UNHEARD_SPEAKER and index < 5,
-    "unheard": lambda speaker, index: speaker == UNHEARD_SPEAKER,
-}
+_INDICES = {"train": range(10, 1000), "validation": range(5, 10), "test": range(5)}
+SPLITS = (*_INDICES, "unheard")
 
 _WINDOW, _HOP = SAMPLE_RATE // 50, SAMPLE_RATE // 200  # 20 ms of energy, every 5 ms
 _KEPT = SAMPLE_RATE // 100  # 10 ms left around the word
@@ -49,15 +45,22 @@ class Recording:
     samples: np.ndarray  # [n_samples] float32 at 16 kHz
 
 
-def load_split(folder: Path, split: str) -> list[Recording]:
+def load_split(folder: Path, split: str, speaker: str | None = None) -> list[Recording]:
     """The recordings of a split, "train", "validation", "test" or "unheard", in the order of their names.
 
-    Indices 0-4 are test, 5-9 validation, the rest training; one speaker is kept out of all three and is "unheard".
-    Raises DigitsError for an unknown split and when the folder holds none of its recordings.
+    Indices 0-4 are test, 5-9 validation, the rest training; one speaker is kept out of all three and is "unheard". The
+    split of one `speaker`, whoever that is, goes by the index alone. Raises DigitsError for an unknown split and when
+    the folder holds none of its recordings.
     """
-    if split not in _SPLITS:
-        raise DigitsError(f"split {split!r} is unknown; take one of {', '.join(_SPLITS)}")
-    return load_recordings(folder, _SPLITS[split], f"of the split {split!r}")
+    if split not in SPLITS:
+        raise DigitsError(f"split {split!r} is unknown; take one of {', '.join(SPLITS)}")
+    if split == "unheard":
+        return load_recordings(folder, lambda who, _: who == UNHEARD_SPEAKER, "of the speaker kept out")
+
+    def wanted(who: str, index: int) -> bool:
+        return index in _INDICES[split] and (who == speaker if speaker else who != UNHEARD_SPEAKER)
+
+    return load_recordings(folder, wanted, f"of the split {split!r}" + (f" by {speaker}" if speaker else ""))
 
 
 def load_recordings(
