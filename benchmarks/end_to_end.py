@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -184,19 +185,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     a = parse_arguments(arguments)
-    configurations = [measure(a, shape, recipe) for shape in a.shapes for recipe in a.recipes]
+    configurations: list[dict[str, Any]] = []
     document = {"device": a.device, "threads": a.threads, "configurations": configurations}
     document["machine"] = describe_gpu() if a.device == "cuda" else describe_machine()
-    print_tables(configurations)
-    if a.save and a.device == "cuda":
-        save_result(f"end_to_end-{slug(document['machine']['gpu'])}.json", document)
-    elif a.save:
-        from plots import plot_clips, plot_contexts
-
-        save_result("end_to_end.json", document)
-        plot_clips(configurations, RESULTS / "end_to_end_clips.png")
-        plot_contexts(configurations, RESULTS / "end_to_end_contexts.png")
+    for shape, recipe in product(a.shapes, a.recipes):
+        configurations.append(measure(a, shape, recipe))
+        print_tables(configurations[-1:])
+        if a.save:
+            save(document)
     print(json.dumps(document))
+
+
+def save(document: dict[str, Any]) -> None:
+    """What is known so far: a run takes long and may be cut short."""
+    if document["device"] == "cuda":
+        save_result(f"end_to_end-{slug(document['machine']['gpu'])}.json", document)
+        return
+    from plots import plot_clips, plot_contexts
+
+    save_result("end_to_end.json", document)
+    plot_clips(document["configurations"], RESULTS / "end_to_end_clips.png")
+    plot_contexts(document["configurations"], RESULTS / "end_to_end_contexts.png")
 
 
 if __name__ == "__main__":

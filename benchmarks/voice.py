@@ -97,6 +97,7 @@ def main() -> None:
     for name, document in answers.items():
         print(f"{name}: {100 * document['scores']['wer']:.2f} % of digits wrong, {len(texts[name])} sequences")
     print(f"loaded and merged give the same text for {same} of {len(texts['loaded'])}")
+    sys.exit(same != len(texts["loaded"]))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     _check_window(values)
     _check_heads(values)
     _check_counts(values, len(checkpoint.tensors))
-    flags = {"tied" if _read_tied(config) else "untied"}
+    flags = {"tied" if read_tied(config) else "untied"}
     if values["enc.output_dim"] != values["enc.d_model"]:
         flags.add("out_proj")
     return Hyperparameters(values, taps, frozenset(flags))
@@ -126,7 +126,7 @@ def _read_taps(config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[tu
     return tuple(taps), n_injected
 
 
-def _read_tied(config: Mapping[str, Any]) -> bool:
+def read_tied(config: Mapping[str, Any]) -> bool:
     """Whether the embedding serves as head too; the checkpoint's own statement goes before its decoder's."""
     for path in names.TIED:
         tied = look_up(config, path)

@@ -23,7 +23,7 @@ from .mp3 import Mp3, frame_mp3, is_mp3
 _BLOCK = 1 << 16  # frames decoded at a time
 _HEAD_BYTES = 4096
 _MAX_ARRAY_CHANNELS = 64  # more means a transposed array
-_UNKNOWN_LENGTH = 1 << 62  # frames; libsndfile gives the largest int64 where a header leaves the length out
+UNKNOWN_LENGTH = 1 << 62  # frames; libsndfile gives the largest int64 where a header leaves the length out
 _TOLERANCE = 0.1  # seconds that may be missing: encoders count a frame more or less
 _CONVERT = "convert it first: ffmpeg -i INPUT -ac 1 -ar 16000 out.wav"
 _RESCUE = "copy it again, or keep what is there: ffmpeg -i INPUT -ac 1 -ar 16000 out.wav"
@@ -217,7 +217,7 @@ def _sound_blocks(name: str, sound, fault: str | None) -> Iterator[np.ndarray]:
                 break
             n_read += len(block)
             yield _mix_down(block)
-    if n_stated < _UNKNOWN_LENGTH:
+    if n_stated < UNKNOWN_LENGTH:
         _check_whole(name, n_read / rate, max(n_stated, n_read * ratio) / rate)
     elif broken:
         fault = "is cut off or damaged"

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from auricle.engine import load
+from auricle.engine.audio import load_audio
 from auricle.engine.prompts import TASKS
 from auricle.tools.demo import FOLDER, MODEL, find_model
 from auricle.tools.demo.recordings import SEQUENCES
 from auricle.tools.finetune.digits import WORDS
+from support import ROOT
 
 SPOKEN = {s.name: " ".join(WORDS[int(digit)] for digit in s.digits) for s in SEQUENCES}
 SHIPPED_LIMIT = 25_000_000  # bytes
@@ -47,6 +49,26 @@ def test_words_have_times() -> None:
     assert ends == sorted(ends)
     assert ends[0] >= 0
     assert ends[-1] <= result.audio_seconds + 0.1
+
+
+@pytest.mark.parametrize("task", ["transcribe", "timestamps"])
+def test_pytorch_says_the_same(task: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers (the extra oracle)")
+    pytest.importorskip("jiwer", reason="needs jiwer (the extra evaluate)")
+    sys.path.append(str(ROOT / "benchmarks"))
+    from agreement import compare
+    from quality_asks import quantise
+
+    from auricle.tools.demo.checkpoint import write_checkpoint
+    from auricle.tools.finetune.digits.tasks import ask
+    from auricle.tools.oracle.model import load_oracle
+
+    oracle = load_oracle(write_checkpoint(tmp_path / "checkpoint"))
+    with load(quantise(MODEL, tmp_path / "f32.gguf", "f32"), backend="cpu") as model:
+        for name in SPOKEN:
+            n, same = compare(model, oracle, ask(task, load_audio(FOLDER / f"{name}.flac")))
+            assert same
+            assert n >= len(SPOKEN[name].split())
 
 
 def test_no_model_is_named_in_a_pipeline() -> None:

@@ -1,9 +1,8 @@
-"""Training: batches against the oracle's single requests, labels, time markers, resuming, what trains and what not."""
+"""What is learnt from: batches against the oracle's single requests, labels, time markers, what is cut."""
 
 from __future__ import annotations
 
-import json
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +11,20 @@ import soundfile
 import torch
 
 from auricle.convert.hf import plan_conversion
+from auricle.engine.audio import AudioError
 from auricle.engine.mel import log_mel
 from auricle.engine.prompts import build_prompt
 from auricle.tools.conversations import ConversationError, Turn
 from auricle.tools.finetune.batches import IGNORED, Row, collate, count_audio_tokens
 from auricle.tools.finetune.conversations import Conversations, ConversationSource, lay_out
-from auricle.tools.finetune.curves import read_curves
 from auricle.tools.finetune.folder import FolderError, read_codec, read_gguf_weights, read_model
-from auricle.tools.finetune.greedy import continue_greedily, count_errors
+from auricle.tools.finetune.greedy import count_errors
 from auricle.tools.finetune.loader import given, load
 from auricle.tools.finetune.model import Trainee, to_tensors
 from auricle.tools.finetune.passes import RMSNorm, Rotate
-from auricle.tools.finetune.train import Run, Settings, TrainingError
-from auricle.tools.finetune.tune import Task, TaskError, finetune, part_of
-from auricle.tools.oracle.model import Oracle, OracleError, load_oracle
+from auricle.tools.oracle.model import load_oracle
 from auricle.tools.sample import SampleShape
-from checkpoints import copy_checkpoint
-from sounds import synthetic
-
-SHAPE = SampleShape(
-    enc_d_model=32, enc_n_head=2, enc_d_ff=48, enc_d_out=32, d_adapter=24, d_model=48, d_ff=64, d_head=16,
-    n_window=100, n_layer=4,
-)  # fmt: skip
-OTHER = SampleShape(
-    enc_d_model=32, enc_n_head=2, enc_d_ff=48, enc_d_out=40, d_adapter=24, d_model=48, d_ff=64, d_head=16,
-    n_window=20, taps=(3, 0, 2), n_inject=2, n_kv_head=4, tied=True,
-)  # fmt: skip
+from talks import OTHER, SHAPE, checkpoint_of, digits_data, write_conversations
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,13 +37,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("finetune")
-
-    @cache
-    def make(shape: SampleShape) -> Path:
-        return copy_checkpoint(base / str(hash(shape)), shape)
-
-    return make
+    return partial(checkpoint_of, tmp_path_factory.mktemp("finetune"))
 
 
 def random_mel(n_frames: int) -> np.ndarray:
@@ -128,23 +109,6 @@ def test_derivatives_that_are_written_out() -> None:
     cos, sin = torch.randn(3, 1, 4, dtype=torch.double), torch.randn(3, 1, 4, dtype=torch.double)
     assert torch.autograd.gradcheck(RMSNorm.apply, (x, weight, 1e-6))
     assert torch.autograd.gradcheck(Rotate.apply, (x, cos, sin))
-
-
-def write_conversations(folder: Path, conversations: list[list[tuple[str, str]]]) -> Path:
-    """Contents that end in .wav are recordings, written too, each with its own length."""
-    lines = []
-    for messages in conversations:
-        turns = []
-        for role, content in messages:
-            kind = "audio" if content.endswith(".wav") else "text"
-            if kind == "audio" and not (folder / content).exists():
-                seconds = 0.4 + 0.37 * (ord(content[0]) - ord("a"))
-                soundfile.write(folder / content, synthetic(seconds, 16_000, seed=ord(content[0])), 16_000)
-            turns.append({"role": role, "message_type": kind, "content": content})
-        lines.append(json.dumps({"conversation": turns}))
-    path = folder / "data.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def test_the_layout_of_turns() -> None:
@@ -240,19 +204,6 @@ def test_an_epoch_has_every_conversation_once_and_like_lengths_together(folders,
     np.testing.assert_array_equal(again(8).ids, epochs[1][2].ids)
 
 
-def digits_data(folder: Path) -> Path:
-    words = ["one", "two", "three", "one two", "two two"]
-    clips = [f"{letter}.wav" for letter in "abcde"]
-    return write_conversations(
-        folder,
-        [[("user", clip), ("user", "Say."), ("assistant", word)] for clip, word in zip(clips, words, strict=True)],
-    )
-
-
-def losses(folder: Path) -> list[float]:
-    return [float(row["loss"]) for row in read_curves(folder / "curves.csv") if row["loss"]]
-
-
 def test_batches_made_ahead_are_the_same(folders, tmp_path: Path) -> None:
     source = ConversationSource(Conversations(digits_data(tmp_path), read_codec(folders(SHAPE)), 8192), 2, seed=0)
     ahead = load(partial(given, source), 1, n_workers=2)
@@ -263,147 +214,13 @@ def test_batches_made_ahead_are_the_same(folders, tmp_path: Path) -> None:
     ahead.close()
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(folders, tmp_path: Path) -> None:
+def test_a_bad_recording_is_named_through_a_worker(folders, tmp_path: Path) -> None:
     data = digits_data(tmp_path)
     source = ConversationSource(Conversations(data, read_codec(folders(SHAPE)), 8192), 2, seed=0)
-    settings = Settings(steps=6, warmup_steps=2, log_steps=1, accumulate=2, ctc_weight=0)
-
-    def start(folder: Path) -> Run:
-        torch.manual_seed(5)
-        return Run(Trainee(read_model(folders(SHAPE)), dropout=0.1), settings, folder)
-
-    def batches(stop: int | None = None):
-        def numbers(first: int):
-            for number in range(first, stop or 1000):
-                yield source(number)
-
-        return numbers
-
-    start(tmp_path / "whole").go(batches())
-    stopped = start(tmp_path / "parts")
-    with pytest.raises(StopIteration):
-        stopped.go(batches(stop=7))  # 3 steps, and one batch of the fourth
-    assert stopped.step == 3
-    stopped.save()
-    second = start(tmp_path / "parts")
-    torch.manual_seed(99)
-    second.resume()
-    second.go(batches())
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 6
-
-
-def test_resuming_refuses_other_runs(folders, tmp_path: Path) -> None:
-    run = Run(Trainee(read_model(folders(SHAPE))), Settings(steps=3), tmp_path)
-    with pytest.raises(TrainingError, match="can't resume"):
-        run.resume()
-    run.save()
-    with pytest.raises(TrainingError, match="another model"):
-        Run(Trainee(read_model(folders(SHAPE)), n_words=10), Settings(steps=3), tmp_path).resume()
-    with pytest.raises(TrainingError, match="needs an end"):
-        Run(run.trainee, Settings(), tmp_path)
-
-
-def test_the_schedule_ends_by_steps_or_by_the_clock() -> None:
-    settings = Settings(learning_rate=1.0, steps=1000, minutes=10, warmup_steps=100, decay_from=0.5)
-    assert settings.progress(500, 1) == 0.5
-    assert settings.progress(100, 9) == 0.9
-    assert settings.rate(9, settings.progress(9, 0)) == pytest.approx(0.1)
-    assert settings.rate(500, 0.5) == 1
-    assert settings.rate(750, 0.75) == pytest.approx(0.5)
-    assert settings.rate(1000, 1.0) == 0
-
-
-def task(folders, tmp_path: Path, **changes) -> Task:
-    data = digits_data(tmp_path)
-    defaults = {
-        "model_dir": folders(SHAPE), "data_path": data, "output_dir": tmp_path / "out", "learning_rate": 3e-3,
-        "num_train_epochs": 12, "per_device_train_batch_size": 3, "logging_steps": 1, "workers": 0, "warmup_steps": 3,
-    }  # fmt: skip
-    return Task(**(defaults | changes))
-
-
-def test_overfitting_learns_the_answers_and_the_result_converts(folders, tmp_path: Path) -> None:
-    job = task(folders, tmp_path, eval_data_path=digits_data(tmp_path), eval_steps=10, eval_new_tokens=4)
-    out = finetune(job)
-    curve = losses(out)
-    assert len(curve) == 24
-    assert np.mean(curve[-3:]) < 0.5 * np.mean(curve[:3])
-    measured = [row for row in read_curves(out / "curves.csv") if row["validation_loss"]]
-    assert [row["step"] for row in measured] == ["10", "20", "24"]
-    assert float(measured[-1]["validation_loss"]) < float(measured[0]["validation_loss"])
-    plan_conversion(out, "f16")  # a closed world: it would refuse any tensor too many or too few
-    codec = read_codec(out)
-    data = Conversations(job.data_path, codec, 8192)
-    row = data.row(0)
-    wanted = row.take_last_answer()
-    assert codec.tokenizer.decode(wanted) == "one"
-    single = continue_greedily(Trainee(read_model(out)).eval(), [row], 3)[0]
-    prompt = data.row(0)
-    prompt.take_last_answer()
-    stages = load_oracle(out).run(prompt.mels, np.array(prompt.ids), np.array(prompt.audio) >= 0, n_new=3)
-    generated = stages["generated_ids"].tolist()
-    assert single == generated[: generated.index(codec.end_id) if codec.end_id in generated else 3]
-
-
-def test_frozen_parts_stay(folders, tmp_path: Path) -> None:
-    before = read_model(folders(SHAPE)).state_dict()
-    out = finetune(
-        task(folders, tmp_path, freeze=("encoder", "decoder"), num_train_epochs=1, gradient_checkpointing=True)
-    )
-    after = read_model(out).state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if part_of(name) == "adapters"}
-    assert {part_of(name) for name in before} == {"encoder", "adapters", "decoder"}
-
-
-def test_checkpointing_and_accumulation_change_nothing(folders, tmp_path: Path) -> None:
-    """Two batches of half the rows make the same step when both have as many learnt tokens."""
-    source = ConversationSource(Conversations(digits_data(tmp_path), read_codec(folders(SHAPE)), 8192), 2, seed=0)
-    found = []
-    for checkpointing in (False, True):
-        trainee = Trainee(read_model(folders(SHAPE))).train()
-        trainee.checkpointing = checkpointing
-        trainee(to_tensors(source(0))).answer.backward()
-        found.append({name: value.grad for name, value in trainee.named_parameters()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name])
-
-
-@pytest.mark.parametrize(
-    "more", [{}, {"lora_on_audio_encoder": True, "lora_on_adapters": True}], ids=["decoder", "all"]
-)
-def test_lora_changes_what_it_should_and_nothing_else(folders, tmp_path: Path, more: dict) -> None:
-    pytest.importorskip("peft")
-    from safetensors.torch import load_file
-
-    out = finetune(task(folders, tmp_path, use_lora=True, lora_rank=4, lora_alpha=8, learning_rate=1e-2, **more))
-    curve = losses(out)
-    assert np.mean(curve[-3:]) < 0.9 * np.mean(curve[:3])
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
-    weights = load_file(out / "adapter_model.safetensors")
-    modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in weights}
-    decoder = [f"language_model.layers.{n}.{part}_proj" for n in range(4) for part in
-               (*(f"self_attn.{k}" for k in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")]  # fmt: skip
-    encoder = [f"audio_encoder.layers.{n}.self_attn.{k}_proj" for n in range(4) for k in "qkv"]
-    adapters = [f"{name}.{part}_proj" for part in ("gate", "up", "down") for name in
-                ("audio_adapter", *(f"deepstack_audio_merger_list.{k}" for k in range(3)))]  # fmt: skip
-    assert modules == set(decoder + (encoder + adapters if more else []))
-    assert {name.split(".lora_")[1] for name in weights} == {"A.weight", "B.weight"}
-    assert all(value.abs().sum() > 0 for value in weights.values())
-    assert not (out / "model.safetensors").exists()
-
-
-def test_a_run_is_not_overwritten_and_options_are_checked(folders, tmp_path: Path) -> None:
-    job = task(folders, tmp_path, num_train_epochs=1)
-    finetune(job)
-    with pytest.raises(TaskError, match="--resume"):
-        finetune(job)
-    with pytest.raises(TaskError, match="--freeze ears"):
-        finetune(task(folders, tmp_path, output_dir=tmp_path / "b", freeze=("ears",)))
-    with pytest.raises(OracleError, match="can't read"):
-        finetune(task(folders, tmp_path, output_dir=tmp_path / "c", model_dir=tmp_path / "nothing"))
+    for clip in tmp_path.glob("*.wav"):
+        clip.write_bytes(clip.read_bytes()[:200])
+    with pytest.raises(AudioError, match=r"line \d+: .*\.wav"):
+        next(load(partial(given, source), 0, n_workers=1))
 
 
 def test_weights_from_a_gguf_file(folders, tmp_path: Path) -> None:
@@ -428,9 +245,3 @@ def test_errors_are_counted_as_levenshtein_does() -> None:
     assert count_errors(["a", "b", "c"], ["a", "c"]) == 1
     assert count_errors(["a"], ["b", "c", "d"]) == 3
     assert count_errors(["k", "i", "t", "t", "e", "n"], ["s", "i", "t", "t", "i", "n", "g"]) == 3
-
-
-def test_the_oracle_is_in_the_loop(folders) -> None:
-    """The trainee's own module is the oracle's: what is trained is what the oracle runs."""
-    trainee = Trainee(read_model(folders(SHAPE)))
-    assert isinstance(Oracle(trainee.model).model, type(load_oracle(folders(SHAPE)).model))

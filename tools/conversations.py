@@ -99,6 +99,8 @@ def parse_line(text: str, where: str, number: int, folder: Path) -> Conversation
     turns = tuple(_parse_turn(message, f"{where}, message {n}", folder) for n, message in enumerate(messages, 1))
     if turns[-1].role != "assistant" or not any(turn.role == "user" for turn in turns):
         raise ConversationError(f"{where}: the last message must be the assistant's, after at least one of the user")
+    if next(turn.role for turn in turns if turn.role != "system") != "user":
+        raise ConversationError(f"{where}: the assistant speaks before the user; it answers, and learns to answer")
     return Conversation(turns, number)
 
 

@@ -9,7 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ...kernels.errors import AuricleError
 from .app import app
+
+
+class ExtraError(AuricleError):
+    """What an extra of the package brings is not installed."""
 
 
 class Part(StrEnum):
@@ -75,8 +80,11 @@ def finetune(
     """
     options = dict(locals())
     as_json = options.pop("as_json")
-    from ..finetune.tune import Task
-    from ..finetune.tune import finetune as run
+    try:
+        from ..finetune.tune import Task
+        from ..finetune.tune import finetune as run
+    except ImportError as error:
+        raise ExtraError(f"training needs {error.name}: pip install 'auricle[finetune]'") from None
 
     options["freeze"] = tuple(part.value for part in freeze or ())
     folder = run(Task(**options))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...kernels.errors import AuricleError
 from ..finetune.folder import read_gguf_weights, write_weights
-from ..finetune.shape import write_demo_files
+from ..finetune.shape import demo_config, demo_merges, write_demo_files
 from ..oracle.model import MossAudio
 from . import MODEL
 
@@ -18,8 +18,9 @@ def write_checkpoint(folder: Path, path: Path = MODEL) -> Path:
 
     Raises FolderError or GGUFError for a file of another model.
     """
-    model = MossAudio(write_demo_files(folder))
+    model = MossAudio(demo_config(len(demo_merges())))
     read_gguf_weights(model, path)
+    write_demo_files(folder)
     write_weights(folder, model)
     return folder
 

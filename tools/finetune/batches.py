@@ -54,7 +54,7 @@ class Row:
 
     codec: Codec
     mels: list[np.ndarray] = field(default_factory=list)  # clips, each [n_mels, n_frames]
-    words: Sequence[int] = ()  # classes for the auxiliary CTC loss
+    sounds: list[int] = field(default_factory=list)  # what is heard in each audio token, a class, or IGNORED
     ids: list[int] = field(default_factory=list)
     audio: list[int] = field(default_factory=list)  # row in the concatenated clips, -1 for text
     labels: list[int] = field(default_factory=list)  # the id to follow, or IGNORED
@@ -76,9 +76,12 @@ class Row:
         """The same, of ready ids."""
         self._append(ids)
 
-    def clip(self, mel: np.ndarray) -> None:
-        """The span of a clip [n_mels, n_frames], with time markers when the model has them."""
+    def clip(self, mel: np.ndarray, sounds: Sequence[int] = ()) -> None:
+        """The span of a clip [n_mels, n_frames], with time markers when the model has them. `sounds`: a class for each
+        audio token, which the encoder shall tell."""
         n_tokens = count_audio_tokens(mel.shape[1], self.codec.window)
+        assert len(sounds) in (0, n_tokens), f"{len(sounds)=} {n_tokens=}"
+        self.sounds += sounds or [IGNORED] * n_tokens
         span = audio_span(n_tokens, self.codec.special, self.codec.digits)
         at = len(self.ids)
         self._append(span)
@@ -113,6 +116,7 @@ class Row:
             if first < n_tokens < end:
                 kept = first
         self.mels = self.mels[: sum(end <= kept for _, end in self.spans)]
+        del self.sounds[sum(count_audio_tokens(mel.shape[1], self.codec.window) for mel in self.mels) :]
         for part in (self.ids, self.audio, self.labels, self.weights, self.positions, self.branches):
             del part[kept:]
         if kept < self._position and self.labels:
@@ -160,18 +164,16 @@ class Batch:
     branches: np.ndarray  # [n_tokens] int64
     labels: np.ndarray  # [n_tokens] int64
     weights: np.ndarray  # [n_tokens] float32
-    words: np.ndarray  # [sum of n_words] int64, CTC classes from 1 on
-    n_words: np.ndarray  # [n_rows] int64
-    n_audio: np.ndarray  # [n_rows] int64, audio tokens
+    sounds: np.ndarray  # [n_audio] int64, class of each row of the encoder's output
 
 
 def collate(rows: Sequence[Row]) -> Batch:
     """One batch of rows, with the clips of all of them in order."""
     window = rows[0].codec.window
-    windows, n_padded, n_audio, audio_rows = [], [], [], []
+    windows, n_padded, sounds, audio_rows = [], [], [], []
     for row in rows:
-        first = sum(n_audio)
-        n_audio.append(sum(count_audio_tokens(mel.shape[1], window) for mel in row.mels))
+        first = len(sounds)
+        sounds += row.sounds
         audio_rows += [first + at if at >= 0 else -1 for at in row.audio]
         pieces = [mel[:, at : at + window] for mel in row.mels for at in range(0, mel.shape[1], window)]
         longest = max((piece.shape[1] for piece in pieces), default=0)  # of the request, as at inference
@@ -190,9 +192,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         branches=_int64(_chain(row.branches for row in rows)),
         labels=_int64(_chain(row.labels for row in rows)),
         weights=np.array(_chain(row.weights for row in rows), np.float32),
-        words=_int64(_chain(row.words for row in rows)),
-        n_words=_int64([len(row.words) for row in rows]),
-        n_audio=_int64(n_audio),
+        sounds=_int64(sounds),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 
 from ...engine.audio import AudioError, load_audio
+from ...engine.decode import UNKNOWN_LENGTH
 from ...engine.mel import HOP, SAMPLE_RATE, log_mel
 from ..conversations import Conversation, ConversationError, Turn, read_conversations
 from .batches import Batch, Codec, Row, collate
@@ -125,17 +126,17 @@ class Conversations:
             if kind == "answer":
                 row.answer(content)
             elif kind == "clip":
-                row.clip(log_mel(self._load(content, at)))
+                row.clip(log_mel(self._load(content, self.lines[at])))
             else:
                 row.text(content)
         row.cut(self.max_len)
         return row
 
-    def _load(self, clip: str, at: int) -> np.ndarray:
+    def _load(self, clip: str, line: int) -> np.ndarray:
         try:
             return load_audio(clip)
         except AudioError as error:
-            raise AudioError(f"{self.path}, line {self.lines[at]}: {error}") from error
+            raise AudioError(f"{self.path}, line {line}: {error}") from error
 
     def _measure(self, conversation: Conversation, layout: Sequence[Part]) -> tuple[int, int]:
         """Tokens of the whole, and before the first token of the first answer."""
@@ -153,12 +154,11 @@ class Conversations:
     def _measure_clip(self, clip: str, line: int) -> int:
         try:
             header = soundfile.info(clip)
-            n_samples = int(header.frames * SAMPLE_RATE / header.samplerate)
+            n_samples = int(header.frames * SAMPLE_RATE / header.samplerate) if header.frames < UNKNOWN_LENGTH else None
         except soundfile.LibsndfileError:  # what this library cannot read, another decoder may
-            try:
-                n_samples = len(load_audio(clip))
-            except AudioError as error:
-                raise AudioError(f"{self.path}, line {line}: {error}") from error
+            n_samples = None
+        if n_samples is None:
+            n_samples = len(self._load(clip, line))
         return self.codec.count_span(max(n_samples // HOP, 1))
 
 

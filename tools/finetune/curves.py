@@ -6,6 +6,7 @@ Knows names and numbers only.
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ COLUMNS = (
     "minutes",
     "learning_rate",
     "loss",
-    "ctc",
+    "sounds",
     "gradient",
     "validation_loss",
     "validation_wer",
@@ -44,11 +45,16 @@ class Curves:
         self._append({"step": step, "minutes": minutes, **results})
 
     def forget_after(self, step: int) -> None:
-        """Drop rows of an interrupted run that will be trained again."""
-        rows = [row for row in read_curves(self.path) if float(row["step"]) <= step]
-        self.path.unlink(missing_ok=True)
+        """Drop rows of an interrupted run that will be trained again; all of them, and the file, for step 0."""
+        rows = [row for row in read_curves(self.path) if step and float(row["step"]) <= step]
+        if not rows:
+            self.path.unlink(missing_ok=True)
+            return
+        whole = Curves(self.path.with_suffix(".part"))
+        whole.path.unlink(missing_ok=True)
         for row in rows:
-            self._append(row, quiet=True)
+            whole._append(row, quiet=True)
+        os.replace(whole.path, self.path)
 
     def _append(self, row: Mapping[str, float | str], quiet: bool = False) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,7 @@ def draw_curves(path: Path) -> Path | None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True)
     rows = read_curves(path)
-    for axes, names in ((losses, ("loss", "ctc", "validation_loss")), (rates, ("validation_wer", "synthetic_wer"))):
+    for axes, names in ((losses, ("loss", "sounds", "validation_loss")), (rates, ("validation_wer", "synthetic_wer"))):
         for name in names:
             points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
             if points:

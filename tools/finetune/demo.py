@@ -20,7 +20,7 @@ from ...engine.mel import log_mel
 from ...kernels.errors import AuricleError
 from ..oracle.model import MossAudio
 from . import spectra
-from .batches import Batch, Codec, Row, collate
+from .batches import Batch, Codec, Row, collate, count_audio_tokens
 from .digits import PROMPTS, WORDS, Digits, Example
 from .folder import read_codec, read_gguf_weights, write_weights
 from .greedy import continue_greedily, count_errors
@@ -31,22 +31,34 @@ from .train import Run, Settings
 
 CONV_GAIN = 4.0  # keeps the spread of a log-mel through GELU
 N_HELD_OUT = 6  # synthetic voices kept for validation
-TIMESTAMPS_WEIGHT = 0.6  # of a token; a stamped answer has ten times as many as a plain one
+N_SOUNDS = 1 + 2 * len(WORDS)
+TOKEN_S = 0.08  # from one audio token to the next
+TIMESTAMPS_WEIGHT = 0.5  # of a token; a stamped answer has ten times as many as a plain one
 MAX_WORDS = 10
 SPEECHLESS = 0.04  # of the clips
 PLAIN = 0.3  # of the clips, as recorded; the others are changed in many ways
 BEFORE_AUDIO = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER_AUDIO = "\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
-_SHARES = {"timestamps": 0.4, "count": 0.15, "last": 0.15}  # of the clips; all are transcribed
+_SHARES = {"timestamps": 0.5, "count": 0.15, "last": 0.15}  # of the clips; all are transcribed
 _LONGEST = ((4800, 2), (12_800, 4), (22_400, 7))  # until so many clips are drawn, at most so many words
+
+
+def sounds_of(example: Example, n_tokens: int) -> list[int]:
+    """What is heard at each audio token: silence, the start of a word, or more of it; one of N_SOUNDS."""
+    sounds = [0] * n_tokens
+    for word, (start, end) in zip(example.words, example.times, strict=True):
+        first = min(round(start / TOKEN_S), n_tokens - 1)
+        last = min(max(round(end / TOKEN_S), first + 1), n_tokens)
+        sounds[first:last] = [1 + 2 * WORDS.index(word) + (at > first) for at in range(first, last)]
+    return sounds
 
 
 def make_row(codec: Codec, mel: np.ndarray, examples: list[Example], answered: bool = True) -> Row:
     """One clip and all its questions, each in a branch of its own."""
-    row = Row(codec, words=[1 + WORDS.index(word) for word in examples[0].words])
+    row = Row(codec)
     row.text(BEFORE_AUDIO)
-    row.clip(mel)
+    row.clip(mel, sounds_of(examples[0], count_audio_tokens(mel.shape[1], codec.window)))
     for example in examples:
         row.branch()
         row.text(AFTER_AUDIO.format(prompt=example.prompt))
@@ -83,7 +95,8 @@ class DigitSource:
         if not plain:
             if rng.random() < 0.4:
                 mel = spectra.warp_frequency(mel, np.exp(rng.uniform(np.log(0.88), np.log(1.14))))
-            mel = spectra.mask(mel, rng)
+            if rng.random() < 0.5:
+                mel = spectra.mask(mel, rng)
         asked = [task for task, share in _SHARES.items() if rng.random() < share]
         return make_row(self.codec, mel, [example, *(example.asked(task) for task in asked)])
 
@@ -178,14 +191,14 @@ def train_demo(options: argparse.Namespace) -> None:
     initialise(model)
     if options.start:
         read_gguf_weights(model, options.start)
-    trainee = Trainee(model, n_words=len(WORDS), dropout=options.dropout)
+    trainee = Trainee(model, n_sounds=N_SOUNDS, dropout=options.dropout)
     settings = Settings(
         learning_rate=options.learning_rate,
         steps=options.steps,
         minutes=options.minutes,
         validate_steps=options.validate_steps,
     )
-    run = Run(trainee, settings, options.out)
+    run = Run(trainee, settings, options.out, {"--seed": str(options.seed), "--batch": str(options.batch)})
     if options.resume:
         run.resume()
     source = partial(

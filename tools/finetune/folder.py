@@ -6,15 +6,18 @@ Knows the files; the model's maths is the oracle's.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...convert.names.moss_audio import ARCHITECTURE, AUDIO_TOKENS, TENSORS
+from ...convert.hyperparameters import read_tied
+from ...convert.names.moss_audio import ARCHITECTURE, AUDIO_TOKENS, DROPS, TENSORS
 from ...convert.names.table import rename
 from ...convert.vocabulary import read_vocabulary
 from ...engine.gguf import open_gguf
@@ -69,8 +72,13 @@ def read_model(folder: Path) -> MossAudio:
     config = read_json(folder / "config.json")
     try:
         model = MossAudio(config)
+        if read_tied(config):
+            model.lm_head.weight = model.language_model.embed_tokens.weight
+        flag = "tied" if is_tied(model) else "untied"
+        unused = [drop.pattern for drop in DROPS if drop.when in ("", flag)]
         shards = Shards(folder)
-        _assign(model, {name: shards.read(name) for name in shards.shapes}, folder)
+        wanted = [name for name in shards.shapes if not any(re.fullmatch(pattern, name) for pattern in unused)]
+        _assign(model, {name: shards.read(name) for name in wanted}, folder)
     except (OSError, ValueError) as error:
         raise FolderError(f"can't read {folder}: {error}; give the folder of a Hugging Face checkpoint") from None
     except KeyError as error:
@@ -93,11 +101,10 @@ def read_gguf_weights(model: MossAudio, path: Path) -> None:
 
 
 def _assign(model: MossAudio, weights: dict[str, Tensor], where: Path) -> None:
-    """All of them, or FolderError. Tied weights have one name in the file."""
+    """All of them, or FolderError. A tied head has no name in the file."""
     wanted = model.state_dict()
-    if "lm_head.weight" not in weights and "language_model.embed_tokens.weight" in weights:
+    if is_tied(model) and "language_model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["language_model.embed_tokens.weight"]
-        model.lm_head.weight = model.language_model.embed_tokens.weight
     wrong = sorted(weights.keys() ^ wanted.keys())
     wrong += [name for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape]
     if wrong:
@@ -105,6 +112,11 @@ def _assign(model: MossAudio, weights: dict[str, Tensor], where: Path) -> None:
             f"{where}: {wrong[0]} and {len(wrong) - 1} more tensors are not those that config.json asks for"
         )
     model.load_state_dict(weights)
+
+
+def is_tied(model: MossAudio) -> bool:
+    """Whether the embedding serves as head, too."""
+    return model.lm_head.weight is model.language_model.embed_tokens.weight
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -119,10 +131,14 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def write_weights(folder: Path, model: MossAudio) -> None:
-    """model.safetensors, float32, complete or not at all; the names are the checkpoint's."""
+    """model.safetensors, float32, complete or not at all; the names are the checkpoint's. Raises FolderError."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if model.lm_head.weight is model.language_model.embed_tokens.weight:
+    if is_tied(model):
         del weights["lm_head.weight"]
     unfinished = folder / "model.safetensors.part"
-    save_file(weights, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / "model.safetensors")
+    try:
+        save_file(weights, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise FolderError(f"can't write {folder / 'model.safetensors'}: {error}; make room or choose another") from None

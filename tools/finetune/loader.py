@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ...kernels.errors import AuricleError
 from .batches import Batch
 
 Source = Callable[[int], Batch]
@@ -27,7 +29,7 @@ def given(source: Source) -> Source:
 def load(open_source: Callable[[], Source], first: int, n_workers: int = 0) -> Iterator[Batch]:
     """Batches `first`, `first` + 1, … without end. `open_source` must be picklable when there are workers.
 
-    Workers end with the iterator. Raises RuntimeError when one of them dies.
+    Workers end with the iterator. Raises what a source raises, and RuntimeError when a worker dies.
     """
     if n_workers == 0:
         source = open_source()
@@ -58,22 +60,35 @@ def load(open_source: Callable[[], Source], first: int, n_workers: int = 0) -> I
 def _take(waiting: Any, worker: Any) -> Batch:
     while True:
         try:
-            return waiting.get(timeout=5)
+            batch = waiting.get(timeout=5)
         except queue.Empty:
             if not worker.is_alive():
                 raise RuntimeError(f"the process that makes batches ended with status {worker.exitcode}") from None
+            continue
+        if isinstance(batch, AuricleError):
+            raise batch
+        return batch
 
 
 def _work(open_source: Callable[[], Source], first: int, stride: int, waiting: Any) -> None:
-    source, parent = open_source(), os.getppid()
+    """Puts batch after batch into the queue; what is wrong with one goes there in its place, and is the last."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its workers
+    try:
+        source = open_source()
+        while _put(waiting, source(first)):
+            first += stride
+    except AuricleError as error:
+        _put(waiting, error)
+
+
+def _put(waiting: Any, item: Batch | AuricleError) -> bool:
+    """Waits for room; False when the trainer is gone."""
+    parent = os.getppid()
     while True:
-        batch = source(first)
-        while True:
-            try:
-                waiting.put(batch, timeout=5)
-                break
-            except queue.Full:
-                if os.getppid() != parent:  # the trainer was killed
-                    waiting.cancel_join_thread()
-                    return
-        first += stride
+        try:
+            waiting.put(item, timeout=5)
+            return True
+        except queue.Full:
+            if os.getppid() != parent:  # it was killed
+                waiting.cancel_join_thread()
+                return False

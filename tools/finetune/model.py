@@ -1,4 +1,4 @@
-"""The oracle's MossAudio for training: many requests at a time, without padding, with an auxiliary CTC head.
+"""The oracle's MossAudio for training: many requests at a time, without padding, with an auxiliary head.
 
 The maths is the oracle's, row by row (tests compare the logits); only the order of work differs: linear layers run
 on the real tokens alone, attention on rows filled up to the longest. Knows batches; knows no files and no schedule.
@@ -19,8 +19,6 @@ from ..oracle.model import MossAudio
 from .batches import IGNORED, Batch
 from .passes import RMSNorm, Rotate
 
-BLANK = 0  # of the CTC head
-
 
 class Tensors(NamedTuple):
     """A Batch on the device."""
@@ -36,16 +34,14 @@ class Tensors(NamedTuple):
     branches: Tensor
     labels: Tensor
     weights: Tensor
-    words: Tensor
-    n_words: Tensor
-    n_audio: Tensor
+    sounds: Tensor
 
 
 class Losses(NamedTuple):
-    """Means over a batch: of the answers' tokens (weighted), and of the CTC loss a word."""
+    """Means over a batch: of the answers' tokens (weighted), and of what is heard in each audio token."""
 
     answer: Tensor
-    ctc: Tensor
+    sounds: Tensor
 
 
 def to_tensors(batch: Batch, device: str | torch.device = "cpu") -> Tensors:
@@ -89,7 +85,9 @@ def make_blocks(rows: Tensor, branches: Tensor, wanted: Tensor | None = None) ->
     blocks = []
     for first, last in _cut(lengths.tolist()):
         asked = slice(int(starts[first]), int(starts[last - 1] + lengths[last - 1]))
-        asking = slice(*torch.searchsorted(wanted, torch.tensor([asked.start, asked.stop])).tolist())
+        asking = slice(
+            *torch.searchsorted(wanted, torch.tensor([asked.start, asked.stop], device=rows.device)).tolist()
+        )
         if asking.start < asking.stop:
             row, column, branch = rows[asked] - first, columns[asked], branches[asked]
             blocks.append(_make_block(asking, asked, row, column, branch, wanted[asking] - asked.start))
@@ -127,15 +125,16 @@ def _spread(x: Tensor, at: Tensor, n_rows: int, n_columns: int) -> Tensor:
 
 
 class Trainee(nn.Module):
-    """A MossAudio with what training needs beside it. `words` classes give the encoder a CTC head, 0 none."""
+    """A MossAudio with what training needs beside it: a head that tells the encoder's output as one of `n_sounds`; 0:
+    none."""
 
-    def __init__(self, model: MossAudio, n_words: int = 0, dropout: float = 0.0) -> None:
+    def __init__(self, model: MossAudio, n_sounds: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.dropout = dropout
         self.checkpointing = False
         d_out = model.audio_adapter.gate_proj.in_features
-        self.ctc_head = nn.Linear(d_out, n_words + 1) if n_words else None
+        self.sound_head = nn.Linear(d_out, n_sounds) if n_sounds else None
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +147,7 @@ class Trainee(nn.Module):
         loss = F.cross_entropy(self.model.lm_head(hidden), batch.labels[learnt], reduction="none")
         weights = batch.weights[learnt]
         answer = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
-        return Losses(answer, self._ctc(encoded, batch) if self.ctc_head is not None else answer.new_zeros(()))
+        return Losses(answer, self._tell_sounds(encoded, batch.sounds))
 
     def encode(self, batch: Tensors) -> tuple[Tensor, list[Tensor]]:
         """The encoder's output and one tensor a tap, each [n_audio, d_out]."""
@@ -200,14 +199,11 @@ class Trainee(nn.Module):
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
-    def _ctc(self, encoded: Tensor, batch: Tensors) -> Tensor:
-        """Per word, over the rows that have words."""
-        scores = self.ctc_head(encoded).split(batch.n_audio.tolist())
-        scores = F.log_softmax(nn.utils.rnn.pad_sequence(list(scores)), dim=-1)  # [T, n_rows, n_classes]
-        loss = F.ctc_loss(
-            scores, batch.words, batch.n_audio, batch.n_words, blank=BLANK, reduction="sum", zero_infinity=True
-        )
-        return loss / batch.n_words.sum().clamp(min=1)
+    def _tell_sounds(self, encoded: Tensor, sounds: Tensor) -> Tensor:
+        known = sounds != IGNORED
+        if self.sound_head is None or not known.any():
+            return encoded.new_zeros(())
+        return F.cross_entropy(self.sound_head(encoded), sounds, ignore_index=IGNORED)
 
 
 def _run_stem(encoder: nn.Module, batch: Tensors) -> Tensor:

@@ -5,9 +5,11 @@ Knows a trainee, numbered batches and a clock; knows neither what the data are n
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,8 @@ class Settings:
     warmup_steps: int = 200
     decay_from: float = 0.1  # share of the run after which the rate falls
     weight_decay: float = 0.02
-    clip: float = 1.0
-    ctc_weight: float = 0.5
+    clip: float = 1.0  # of the gradient's norm; 0: none
+    sound_weight: float = 1.0
     accumulate: int = 1  # batches a step
     save_minutes: float = 5.0
     validate_steps: int = 1000
@@ -51,7 +53,7 @@ class Settings:
 
     def rate(self, step: int, progress: float) -> float:
         decay = min(1.0, (1 - progress) / (1 - self.decay_from))
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decay
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1)) * decay
 
 
 Validate = Callable[[Trainee], dict[str, float]]
@@ -60,10 +62,14 @@ Validate = Callable[[Trainee], dict[str, float]]
 class Run:
     """A trainee with its optimiser and how far it has come."""
 
-    def __init__(self, trainee: Trainee, settings: Settings, folder: Path) -> None:
+    def __init__(
+        self, trainee: Trainee, settings: Settings, folder: Path, options: Mapping[str, str] | None = None
+    ) -> None:
+        """`options`: what else must be the same when the run is resumed, by the names that a user knows."""
         if not settings.steps and not settings.minutes:
             raise TrainingError("give --steps or --minutes: a run needs an end")
         self.trainee, self.settings, self.folder = trainee, settings, folder
+        self.options = dict(options or {})
         self.step, self.minutes = 0, 0.0
         trained = [p for p in trainee.parameters() if p.requires_grad]
         groups = [
@@ -78,7 +84,7 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Weights that train, optimiser and place, complete or not at all."""
+        """Weights that train, optimiser and place, complete or not at all. Raises TrainingError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
         names = {name for name, value in self.trainee.named_parameters() if value.requires_grad}
@@ -88,16 +94,24 @@ class Run:
             "step": self.step,
             "minutes": self.minutes,
             "random": torch.get_rng_state(),
+            "options": self.options,
         }
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.path)
+        try:
+            torch.save(state, unfinished)
+            os.replace(unfinished, self.path)
+        except (OSError, RuntimeError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise TrainingError(f"can't write {self.path}: {error}; make room and --resume") from None
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises TrainingError when there is none, or one of another model."""
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(f"can't resume from {self.path}: {error}") from None
+        for name, value in state["options"].items():
+            if self.options.get(name, value) != value:
+                raise TrainingError(f"{self.path} is of a run with {name} {value}, not {self.options[name]}")
         names = {name for name, value in self.trainee.named_parameters() if value.requires_grad}
         if names != state["weights"].keys():
             raise TrainingError(f"{self.path} is of another model or of another choice of trained parameters")
@@ -105,10 +119,10 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.minutes = state["step"], state["minutes"]
         torch.set_rng_state(state["random"])
-        self.curves.forget_after(self.step)
 
     def go(self, load: Callable[[int], Iterator[Batch]], validate: Validate | None = None) -> None:
         """Train to the end of the schedule. `load(n)` gives batches from number n on, `accumulate` a step."""
+        self.curves.forget_after(self.step)  # a run that was killed before its first checkpoint may have left some
         batches = load(self.step * self.settings.accumulate)
         saved = self.minutes
         self.trainee.train()
@@ -123,7 +137,9 @@ class Run:
                 saved = self.minutes
                 self.save()
         self.save()
-        if validate:
+        if self.step % self.settings.log_steps:
+            self.curves.write(self.step, self.minutes, self.settings.rate(self.step, progress))
+        if validate and self.step % self.settings.validate_steps:
             self._validate(validate)
 
     def _record(self, losses: dict[str, float], rate: float, validate: Validate | None) -> None:
@@ -135,20 +151,23 @@ class Run:
 
     def _update(self, batches: Sequence[Batch], rate: float) -> dict[str, float]:
         """One step of the optimiser; returns the mean losses and the gradient's size before clipping."""
-        answer = ctc = 0.0
-        for batch in batches:
+        answer = sounds = 0.0
+        weights = [float(batch.weights.sum()) for batch in batches]
+        for batch, weight in zip(batches, weights, strict=True):
             losses = self.trainee(to_tensors(batch, self.trainee.device))
-            total = losses.answer + self.settings.ctc_weight * losses.ctc
-            (total / len(batches)).backward()
-            answer += float(losses.answer.detach()) / len(batches)
-            ctc += float(losses.ctc.detach()) / len(batches)
+            share, part = weight / max(sum(weights), 1e-6), 1 / len(batches)
+            total = share * losses.answer + part * self.settings.sound_weight * losses.sounds
+            if total.requires_grad:  # not of a batch without audio when only the encoder trains
+                total.backward()
+            answer += share * float(losses.answer.detach())
+            sounds += part * float(losses.sounds.detach())
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
-        size = float(nn.utils.clip_grad_norm_(trained, self.settings.clip))
+        size = float(nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return {"loss": answer, "ctc": ctc, "gradient": size}
+        return {"loss": answer, "sounds": sounds, "gradient": size}
 
     def _validate(self, validate: Validate) -> None:
         began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from .lora import add_lora, write_lora
 from .model import Trainee, to_tensors
 from .train import Run, Settings
 
+LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_on_audio_encoder", "lora_on_adapters")
+SAME_WHEN_RESUMED = ("use_lora", *LORA_OPTIONS, "freeze", "max_len", "seed", "per_device_train_batch_size")
+SAME_WHEN_RESUMED += ("gradient_accumulation_steps",)
 PARTS = {"encoder": "audio_encoder.", "adapters": ("audio_adapter.", "deepstack_audio_merger_list."), "decoder": None}
 
 
@@ -81,7 +85,8 @@ def finetune(task: Task) -> Path:
     trainee = Trainee(model).to(task.device)
     trainee.checkpointing = task.gradient_checkpointing
     source = ConversationSource(data, task.per_device_train_batch_size, task.seed)
-    run = Run(trainee, make_settings(task, source.n_batches), task.output_dir)
+    options = {f"--{name.replace('_', '-')}": str(getattr(task, name)) for name in SAME_WHEN_RESUMED}
+    run = Run(trainee, make_settings(task, source.n_batches), task.output_dir, options)
     if task.resume:
         run.resume()
     run.go(partial(load, partial(given, source), n_workers=task.workers), _open_validator(task, codec))
@@ -95,16 +100,45 @@ def finetune(task: Task) -> Path:
 
 
 def check(task: Task) -> None:
-    """Raises TaskError."""
+    """Raises TaskError for options that make no sense, and makes the output folder."""
+    for option, fits, expected in (
+        ("learning_rate", task.learning_rate > 0, "above 0"),
+        ("weight_decay", task.weight_decay >= 0, "0 or more"),
+        ("max_grad_norm", task.max_grad_norm >= 0, "0 (no limit) or more"),
+        ("num_train_epochs", task.num_train_epochs > 0, "above 0"),
+        ("max_minutes", task.max_minutes is None or task.max_minutes > 0, "above 0"),
+        ("save_minutes", task.save_minutes > 0, "above 0"),
+        ("lora_alpha", task.lora_alpha > 0, "above 0"),
+    ):
+        if not fits:
+            raise TaskError(f"--{option.replace('_', '-')} is {getattr(task, option)}; it must be {expected}")
     unknown = set(task.freeze) - PARTS.keys()
     if unknown:
         raise TaskError(f"--freeze {sorted(unknown)[0]}: the parts are {', '.join(PARTS)}")
+    if not PARTS.keys() - set(task.freeze):
+        raise TaskError("--freeze names all parts: nothing is left to train")
     if task.use_lora and task.freeze:
         raise TaskError("--freeze goes with training of all parameters; LoRA leaves the model's own alone")
+    for option in LORA_OPTIONS:
+        if not task.use_lora and getattr(task, option) != getattr(Task, option):
+            raise TaskError(f"--{option.replace('_', '-')} goes with --use-lora: add it, or leave the option out")
     if task.device != "cpu" and not torch.cuda.is_available():
         raise TaskError(f"--device {task.device}: this PyTorch sees no GPU; leave the option out")
+    _check_output(task)
+
+
+def _check_output(task: Task) -> None:
+    """Before hours of work, not after."""
+    if task.output_dir.resolve() == task.model_dir.resolve():
+        raise TaskError(f"--output-dir {task.output_dir} is the model's own folder; choose another")
     if (task.output_dir / "checkpoint.pt").exists() and not task.resume:
         raise TaskError(f"{task.output_dir} holds a run already: --resume it, or choose another folder")
+    try:
+        task.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=task.output_dir):
+            pass
+    except OSError as error:
+        raise TaskError(f"can't write into {task.output_dir}: {error.strerror or error}; choose another") from None
 
 
 def choose_trained(model: MossAudio, task: Task) -> object | None:
@@ -133,7 +167,6 @@ def make_settings(task: Task, n_batches: int) -> Settings:
         decay_from=0.0,
         weight_decay=task.weight_decay,
         clip=task.max_grad_norm,
-        ctc_weight=0.0,
         accumulate=task.gradient_accumulation_steps,
         save_minutes=task.save_minutes,
         validate_steps=task.eval_steps,
@@ -159,7 +192,8 @@ class Validator:
             with torch.inference_mode():
                 total += n_learnt * float(trainee(to_tensors(batch, trainee.device)).answer)
             weight += n_learnt
-        return {"validation_loss": total / max(weight, 1), "validation_wer": self._error_rate(trainee)}
+        rate = {"validation_wer": self._error_rate(trainee)} if self.n_answered else {}
+        return {"validation_loss": total / max(weight, 1), **rate}
 
     def _error_rate(self, trainee: Trainee) -> float:
         """In percent of the words of the right answers, case and marks included."""
@@ -178,4 +212,6 @@ def _open_validator(task: Task, codec: Codec) -> Validator | None:
     if task.eval_data_path is None:
         return None
     data = Conversations(task.eval_data_path, codec, task.max_len, task.prompt_default)
+    if data.report:
+        print(data.report, file=sys.stderr)
     return Validator(data, task.per_device_train_batch_size, task.eval_new_tokens, task.eval_samples)

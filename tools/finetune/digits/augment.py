@@ -87,8 +87,7 @@ class Channel:
             if not filtered:
                 samples = samples + self._noise(rng, len(samples), power, snr)
         samples = samples * np.float32(10 ** (self.gain_db / 20)) + np.float32(self.offset)
-        peak = float(np.abs(samples).max())
-        return (samples * np.float32(0.99 / peak) if peak > 0.99 else samples).astype(np.float32, copy=False)
+        return limit(samples)
 
     def _noise(self, rng: np.random.Generator, n_samples: int, power: float, snr_db: float) -> np.ndarray:
         return self.bank.take(rng, n_samples) * np.float32(np.sqrt(power * 10 ** (-snr_db / 10)))
@@ -124,6 +123,12 @@ class Channel:
         above = 60 * np.log2(np.maximum(points, 1) / high).clip(0)
         decibels = np.clip(self.tilt_db * octaves + ripple, -24, 24) - below.clip(0, 40) - above.clip(0, 60)
         return np.interp(hertz, points, 10 ** (decibels / 20)).astype(np.float32)
+
+
+def limit(samples: np.ndarray) -> np.ndarray:
+    """Quieter as a whole where it would be louder than full scale: float32."""
+    peak = float(np.abs(samples).max())
+    return (samples * np.float32(0.99 / peak) if peak > 0.99 else samples).astype(np.float32, copy=False)
 
 
 def speech_power(samples: np.ndarray, times: Sequence[tuple[float, float]]) -> float:

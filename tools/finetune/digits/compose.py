@@ -12,7 +12,7 @@ import numpy as np
 
 from ....engine.mel import SAMPLE_RATE
 from . import tasks
-from .augment import Channel, Voicing
+from .augment import Channel, Voicing, limit
 from .noise import NoiseBank
 from .recordings import WORDS, DigitsError, Recording, by_speaker, load_recordings, load_split
 from .tasks import Example
@@ -24,6 +24,7 @@ _N_WORDS = np.array([14, 12, 12, 12, 12, 10, 9, 8, 6, 5]) / 100  # of 1 to 10 wo
 _SPEECHLESS = 0.04  # of the draws
 _SYNTHETIC = 0.25  # of the sequences, when there are synthetic voices
 _MIXED = 0.15  # of the sequences in training
+_CHANNELLED = 0.5  # of the sequences that are changed
 
 
 class Digits:
@@ -63,7 +64,8 @@ class Digits:
             words = [recording.samples for recording in spoken]
         samples, times = string_together(words, draw_pauses(rng, len(words)))
         if augment:
-            samples = Channel.draw(rng, self.noise).apply(samples, times, rng)
+            channel = rng.random() < _CHANNELLED
+            samples = Channel.draw(rng, self.noise).apply(samples, times, rng) if channel else limit(samples)
         return tasks.ask(task, samples, [WORDS[recording.digit] for recording in spoken][: len(times)], times)
 
     def fixed(self, n: int, seed: int, task: str = "transcribe") -> list[Example]:

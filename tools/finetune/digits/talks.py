@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     try:
         splits = {split: Digits(a.recordings, split, speaker=a.speaker) for split in ("train", "validation", "test")}
-        write_talks(a.out, "train", training_examples(splits["train"], a.sequences, a.seed))
-        write_talks(a.out, "validation", splits["validation"].fixed(max(20, a.test_sequences // 4), a.seed))
-        write_talks(a.out, "test", splits["test"].fixed(a.test_sequences, a.seed))
+        examples = {split: splits[split].fixed(a.test_sequences, a.seed) for split in ("validation", "test")}
+        examples["train"] = training_examples(splits["train"], a.sequences, a.seed)
+        for split, some in examples.items():
+            write_talks(a.out, split, some)
     except DigitsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,85 @@
+"""Whether the engine and PyTorch's model say the same: greedy answers to human recordings, token for token, in float32.
+
+    python benchmarks/agreement.py FSDD_FOLDER
+
+Sequences of test recordings, by speakers heard in training and by the one who was not, are transcribed without and with
+times: by the engine from an F32 file, and by the oracle, transformers' layers put together, from a checkpoint folder
+with the same weights, prompt and spectrogram. Writes agreement.json into --out; needs the extra oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from quality_asks import LIMITS, N_CTX, RATE, SPLITS, quantise, read_examples
+
+from auricle.engine import Model, load
+from auricle.tools.demo import MODEL
+from auricle.tools.demo.checkpoint import write_checkpoint
+from auricle.tools.finetune.digits import PROMPTS, Example
+from auricle.tools.machine import describe_machine
+from auricle.tools.oracle.model import Oracle, load_oracle
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("transcribe", "timestamps")
+
+
+def compare(model: Model, oracle: Oracle, example: Example) -> tuple[int, bool]:
+    """How many tokens the engine says, and whether the oracle says the same and then ends as the engine does."""
+    limit = next(LIMITS[task] for task in TASKS if PROMPTS[task] == example.prompt)
+    said = model.generate(example.prompt, example.samples, sample_rate=RATE, max_new_tokens=limit)
+    heard = model.listen(example.samples, RATE)
+    prompt = model.build_prompt(example.prompt, heard)
+    kept: dict[str, np.ndarray] = {}
+
+    def keep(name: str, value: Any) -> None:
+        if name == "generated_ids":
+            kept[name] = value.numpy()
+
+    n = len(said.token_ids)
+    oracle.trace(heard.mels, prompt.ids, prompt.audio_rows >= 0, keep, n + 1, all_logits=False)
+    *wanted, last = kept["generated_ids"].tolist()
+    ended = said.finish_reason == "length" or last in model.stop_ids
+    return n, ended and wanted == list(said.token_ids)
+
+
+def compare_all(model: Model, oracle: Oracle, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, split in SPLITS.items():
+        examples = read_examples(a.fsdd, split, a.sequences, a.seed)
+        for task in TASKS:
+            results = [compare(model, oracle, example.asked(task)) for example in examples]
+            row = {"speakers": name, "task": task, "answers": len(results), "tokens": sum(n for n, _ in results)}
+            yield row | {"same": sum(same for _, same in results)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("fsdd", type=Path, help="folder of the recordings")
+    parser.add_argument("--model", type=Path, default=MODEL, help="of the shape of the one in the box (the default)")
+    parser.add_argument("--sequences", type=int, default=100, help="of each kind of speakers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        oracle = load_oracle(write_checkpoint(Path(folder) / "checkpoint", a.model))
+        exact = quantise(a.model, Path(folder) / "f32.gguf", "f32")
+        with load(exact, backend="cpu", n_ctx=N_CTX) as model:
+            for row in compare_all(model, oracle, a):
+                rows.append(row)
+                print(f"{row['speakers']}, {row['task']}: {row['same']} of {row['answers']} answers are the same")
+    a.out.mkdir(parents=True, exist_ok=True)
+    facts = {"sequences": a.sequences, "seed": a.seed, "machine": describe_machine(), "rows": rows}
+    (a.out / "agreement.json").write_text(json.dumps(facts) + "\n")
+    sys.exit(any(row["same"] != row["answers"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
