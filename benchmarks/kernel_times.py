@@ -236,14 +236,7 @@ def run(a: argparse.Namespace) -> int:
     print(f"| {' | '.join(HEAD)} |\n" + "| --- " * len(HEAD) + "|")
     formats = [BY_NAME[name] for name in a.types or sorted(fmt.name for fmt in TILES)]
     products = [p for shape in a.shapes for p in list_products(shape) if re.search(a.only, p.name)]
-    rows = []
-    for product in products:
-        peers = {n: time_peers(product, n, card) for n in a.tokens if occurs(product, n)}
-        for fmt in formats:
-            stock = Stock(product, fmt, "cuda", card.rotation_bytes)
-            for n, times in peers.items():
-                rows.append(measure(Job(stock, n, "cuda"), card, card.pick) | times)
-                print(format_row(rows[-1]), flush=True)
+    rows: list[dict[str, Any]] = []
     document = {
         "benchmark": "kernels",
         "copy_bytes_per_s": card.copy_bytes_per_s,
@@ -251,7 +244,14 @@ def run(a: argparse.Namespace) -> int:
         "rows": rows,
         "machine": card.facts,
     }
-    if a.save:
-        save_result(f"kernels-{slug(card.facts['gpu'])}.json", document)
+    for product in products:
+        peers = {n: time_peers(product, n, card) for n in a.tokens if occurs(product, n)}
+        for fmt in formats:
+            stock = Stock(product, fmt, "cuda", card.rotation_bytes)
+            for n, times in peers.items():
+                rows.append(measure(Job(stock, n, "cuda"), card, card.pick) | times)
+                print(format_row(rows[-1]), flush=True)
+            if a.save:  # what is known so far: a run takes long and may be cut short
+                save_result(f"kernels-{slug(card.facts['gpu'])}.json", document)
     print(json.dumps(document))
     return 0 if all(row["green"] for row in rows) else 1

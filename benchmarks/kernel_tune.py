@@ -17,7 +17,8 @@ from dataclasses import replace
 
 from gpu import require_gpu, time_launches
 from kernel_times import TOLERANCE, Card, Job, Stock, list_products, occurs
-from triton.runtime.errors import OutOfResources
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from auricle.kernels.formats import BY_NAME
 from auricle.kernels.gpu.tiles import TILES
@@ -53,7 +54,7 @@ def time_config(job: Job, config: Config, seconds: float) -> float:
             print(f"wrong: {job.stock.product.name} {job.stock.format} {config}", file=sys.stderr)
             return float("inf")
         return time_launches(job.calls(chosen), seconds)
-    except OutOfResources:
+    except (OutOfResources, PTXASError, CompilationError):
         return float("inf")
 
 
@@ -75,6 +76,7 @@ def run(a: argparse.Namespace) -> int:
     """Measures, prints, and with `--save` writes the table. Raises NoGPU."""
     require_gpu()
     card = Card(a.seconds)
+    facts = {"machine": card.facts, "versions": card.facts["versions"]}
     path = TUNED / f"{slug(card.facts['gpu'])}.json"
     entries = {(e.kernel, e.type, e.n_tokens, e.n_rows, e.n_cols): e for e in load_table(path)}
     products = [p for shape in a.shapes for p in list_products(shape) if re.search(a.only, p.name) and not p.gated]
@@ -89,7 +91,7 @@ def run(a: argparse.Namespace) -> int:
                 config, seconds = find_best(Job(stock, n, "cuda"), kernel, start, a.seconds)
                 entries[key] = Entry(*key, config, 1e6 * seconds)
                 print(f"{product.name} {name} {n} tokens: {1e6 * seconds:.1f} us, {config}", flush=True)
-    if a.save:
-        write_table(path, list(entries.values()), {"machine": card.facts, "versions": card.facts["versions"]})
+                if a.save:
+                    write_table(path, list(entries.values()), facts)
     print(json.dumps({"benchmark": "kernels-tune", "entries": len(entries), "machine": card.facts}))
     return 0

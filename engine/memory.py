@@ -268,10 +268,11 @@ def process_bytes(file: GGUFFile, backend: Backend, kv_format: Format) -> int:
 def peak_bytes() -> int:
     """The most memory this process has had resident so far.
 
-    Linux tells it by process; elsewhere `getrusage` does, whose number a child process takes over from its parent.
+    Linux tells it by process, as a rule; elsewhere `getrusage` does, whose number a child takes over from its parent.
     """
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -114,7 +114,7 @@ class Runtime:
         self.config, self.backend, self.n_ctx, self.poison = config, backend, n_ctx, poison
         self._device = backend.device
         self._weights = self._device.weights(file, phase_of)
-        self._listener = self
+        self._listener: Runtime | None = None  # who hears, if not this one
         if encoder == "cpu":
             self._listener = Runtime(file, config, listening_backend(backend), n_ctx=1, kv_format=F16)
         self._programs: dict[tuple, Any] = {}
@@ -161,8 +161,9 @@ class Runtime:
         n_audio = sum(token_count(n) for n in windows)
         memory = self._device.empty(4 * len(names) * n_audio * d_model)
         rows = list(memory.view(torch.float32).view(len(names), n_audio, d_model))
-        for batch in cut_windows(self.config, mels, self._listener.backend.window_batch):
-            results = self._listener._run_batch(batch, names)
+        listener = self._listener or self
+        for batch in cut_windows(self.config, mels, listener.backend.window_batch):
+            results = listener._run_batch(batch, names)
             for name, target in zip(names, rows, strict=True):
                 target[batch.tokens] = results[name]
         return rows
@@ -224,6 +225,8 @@ class Runtime:
                 history.append(sampler.sample(self.decode(history[-1], position + i), history))
                 yield history[-1]
             return
+        if n_steps == 0:
+            return
         self.find_room(position + n_steps, keep=True)
         key = ("steps", *sampler.options.kind)
         if key not in self._programs:
@@ -233,6 +236,7 @@ class Runtime:
             draft = self._fit_arena(draft_program(self.config, self.backend, self.n_slots, program, [result]))
             bind = self.backend.bind_steps
             self._keep(key, bind(draft, self._weights, self.caches, self._arena, kind, n_vocab, self.n_slots))
+        self._programs[key] = self._programs.pop(key)  # the last used goes last
         yield from self._programs[key].run(token, position, n_steps, sampler)
 
     def trace_decoder(

@@ -6,6 +6,7 @@ Knows no terminal and no network. One request at a time a model.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -103,10 +104,16 @@ class Model:
 
     def close(self) -> None:
         """Gives the memory back; the model cannot be used afterwards."""
-        self._runtime = None
+        self._drop_runtime()
         self._turn += 1
         self._closed = True
         self.file.close()
+
+    def _drop_runtime(self) -> None:
+        self._runtime = None
+        if self.backend.device.separate:
+            gc.collect()  # an answer that was not read to its end holds on to what it was made with
+            self.backend.device.release()
 
     @property
     def runtime(self) -> Runtime:
@@ -253,7 +260,7 @@ class Model:
         """Runs from now on as `fit` says; what was set up otherwise is thrown away."""
         chosen = (fit.backend, fit.kv_format, fit.encoder)
         if chosen != (self.backend, self.kv_format, self._encoder):
-            self._runtime = None
+            self._drop_runtime()
             self.backend, self.kv_format, self._encoder = chosen
             log.info("to stay within %s: %s", format_gib(self._memory), ", ".join(fit.changes) or "as usual")
 

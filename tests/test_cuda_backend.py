@@ -5,6 +5,7 @@ The stand-in's runs are interpreted, in processes of their own (`cuda_worker.py`
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -245,6 +246,7 @@ def test_a_budget_on_the_processor(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("numba", reason="quantising to Q4_K needs numba")
     from auricle.convert.hf import convert, plan_conversion
     from auricle.tools.sample import SampleShape, write_checkpoint
 
@@ -293,7 +295,9 @@ def test_a_thousand_steps_wait_for_nothing_but_tokens(sample: Path) -> None:
 @needs_card
 def test_the_peak_is_the_planned_one(sample: Path) -> None:
     with load(sample, backend="cuda", n_ctx=2000) as model:
-        planned = model.plan([5.0], "What?", max_new_tokens=200).total
+        plan = model.plan([5.0], "What?", max_new_tokens=200)
+        planned = plan.total - plan.libraries  # what the convolutions take is free again when the decoder comes
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -13,6 +13,7 @@ import pytest
 
 from auricle.engine import load
 from auricle.engine.audio import load_audio
+from auricle.engine.gguf import open_gguf
 from auricle.engine.prompts import TASKS
 from auricle.tools.demo import FOLDER, MODEL, find_model
 from auricle.tools.demo.recordings import SEQUENCES
@@ -69,6 +70,21 @@ def test_pytorch_says_the_same(task: str, tmp_path: Path) -> None:
             n, same = compare(model, oracle, ask(task, load_audio(FOLDER / f"{name}.flac")))
             assert same
             assert n >= len(SPOKEN[name].split())
+
+
+def test_its_checkpoint_has_the_same_weights(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers (the extra oracle)")
+    from auricle.convert.hf import convert, plan_conversion
+    from auricle.tools.demo.checkpoint import main
+
+    assert main([str(tmp_path / "checkpoint")]) == 0
+    convert(plan_conversion(tmp_path / "checkpoint", "f16"), tmp_path / "again.gguf")
+    with open_gguf(MODEL) as shipped, open_gguf(tmp_path / "again.gguf") as again:
+        assert again.tensors.keys() == shipped.tensors.keys()
+        for name in shipped.tensors:
+            assert again.data(name).tobytes() == shipped.data(name).tobytes()
+    assert main([str(tmp_path / "other"), "--model", str(tmp_path / "nothing.gguf")]) == 1
+    assert not (tmp_path / "other").exists()
 
 
 def test_no_model_is_named_in_a_pipeline() -> None:

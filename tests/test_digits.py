@@ -11,7 +11,9 @@ import pytest
 import soundfile
 
 from auricle.engine.prompts import TASKS
-from auricle.tools.finetune.digits import WORDS, Digits, DigitsError
+from auricle.engine.segments import parse_segments
+from auricle.tools.conversations import read_conversations
+from auricle.tools.finetune.digits import PROMPTS, WORDS, Digits, DigitsError, talks
 from auricle.tools.finetune.digits.augment import Channel, Voicing, good_length, impulse_response
 from auricle.tools.finetune.digits.compose import draw_pauses, string_together
 from auricle.tools.finetune.digits.noise import NoiseBank
@@ -73,6 +75,42 @@ def test_unusable_folders(folder: Path, tmp_path: Path) -> None:
         Digits(folder, "dev")
     with pytest.raises(DigitsError, match="no recordings of the split 'train'"):
         Digits(tmp_path, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_split_of_one_speaker_goes_by_the_index(folder: Path, split: str) -> None:
+    recordings = load_split(folder, split, "yweweler")
+    assert {recording.speaker for recording in recordings} == {"yweweler"}
+    assert {r.index for r in recordings} == {r.index for r in load_split(folder, split)}
+
+
+def test_talks_of_one_speaker(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        str(folder),
+        str(tmp_path / "talks"),
+        "--speaker",
+        "bert",
+        "--sequences",
+        "6",
+        "--test-sequences",
+        "20",
+    ]
+    assert talks.main(arguments) == 0
+    for split, n in (("train", 6), ("validation", 20), ("test", 20)):
+        found = read_conversations(tmp_path / "talks" / f"{split}.jsonl")
+        assert len(found) == n
+        for conversation in found:
+            (clip,) = conversation.clips
+            ((turns, answer),) = conversation.exchanges()
+            seconds = soundfile.info(clip).duration
+            segments = parse_segments(answer, seconds)
+            assert turns[-1].content == PROMPTS["timestamps" if segments else "transcribe"]
+            words = [segment.text for segment in segments] or answer.split()
+            assert set(words) <= set(WORDS)
+            assert 0.2 * len(words) < seconds <= 12.01
+    assert talks.main([str(folder), str(tmp_path / "none"), "--speaker", "carl"]) == 1
+    assert not (tmp_path / "none").exists()
+    assert "no recordings of the split 'train' by carl" in capsys.readouterr().err
 
 
 def test_trim_finds_the_word() -> None:

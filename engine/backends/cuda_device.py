@@ -6,6 +6,7 @@ Knows no op, no weight and no graph.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from . import BackendError
 Tensor = torch.Tensor
 LEAST_CAPABILITY = (8, 0)
 CONTEXT_BYTES = 400 << 20  # about what CUDA itself and the compiled kernels take, beside what PyTorch counts
+RECORDING = threading.Lock()
 WARM_UPS = 1  # runs of a call before it is recorded: kernels are compiled in the first
 
 
@@ -56,16 +58,20 @@ class Card:
         return torch.cuda.Event()
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Records the kernels that `call` starts; gives what starts them all at once. `call` runs some times before."""
-        aside = torch.cuda.Stream(self.target)
-        aside.wait_stream(torch.cuda.current_stream(self.target))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
+        """Records the kernels that `call` starts; gives what starts them all at once. `call` runs some times before.
+
+        One thread records at a time, and what others do meanwhile does not disturb it.
+        """
+        with RECORDING:
+            aside = torch.cuda.Stream(self.target)
+            aside.wait_stream(torch.cuda.current_stream(self.target))
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    call()
+            torch.cuda.current_stream(self.target).wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 call()
-        torch.cuda.current_stream(self.target).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
         return graph.replay
 
     def release(self) -> None:

@@ -6,6 +6,7 @@ Knows how things get to the card and what they take there. Does not know what th
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -66,18 +67,20 @@ class Staging:
     def __init__(self, card: Card) -> None:
         self._slots = [(card.pinned(STAGING_BYTES), card.event()) for _ in range(2)]
         self._turn = 0
+        self._lock = threading.Lock()  # models of several threads share a card
 
     def copy(self, target: Tensor, source: np.ndarray) -> None:
         """Queues a copy of the bytes `source` to `target`, both uint8 [n]; `source` may change afterwards."""
         assert target.shape == source.shape, f"{target.shape=} {source.shape=}"
-        for start in range(0, len(source), STAGING_BYTES):
-            piece = source[start : start + STAGING_BYTES]
-            buffer, event = self._slots[self._turn]
-            event.synchronize()
-            buffer[: len(piece)].numpy()[:] = piece
-            target[start : start + len(piece)].copy_(buffer[: len(piece)], non_blocking=True)
-            event.record()
-            self._turn = 1 - self._turn
+        with self._lock:
+            for start in range(0, len(source), STAGING_BYTES):
+                piece = source[start : start + STAGING_BYTES]
+                buffer, event = self._slots[self._turn]
+                event.synchronize()
+                buffer[: len(piece)].numpy()[:] = piece
+                target[start : start + len(piece)].copy_(buffer[: len(piece)], non_blocking=True)
+                event.record()
+                self._turn = 1 - self._turn
 
 
 class CardWeights(Weights):

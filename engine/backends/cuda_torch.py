@@ -43,7 +43,12 @@ def bind_permute(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Cal
 
 def bind_conv2d(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     x, weight, bias = inputs
-    return lambda: outputs[0].copy_(F.conv2d(x, weight, bias, **node.attrs))
+
+    def call() -> None:
+        with torch.backends.cudnn.flags(allow_tf32=False):  # products in float32, not in 10 bits
+            outputs[0].copy_(F.conv2d(x, weight, bias, **node.attrs))
+
+    return call
 
 
 def bind_argmax(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:

@@ -37,10 +37,10 @@ def write_talks(out: Path, name: str, examples: Iterable[Example]) -> Path:
 
 
 def training_examples(digits: Digits, n: int, seed: int) -> Iterable[Example]:
-    """Half of them as recorded, the others changed; transcripts, and every fourth with times."""
+    """Half of them as recorded, the others changed; transcripts, and every third with times."""
     rng = np.random.default_rng(seed)
     for number in range(n):
-        task = "timestamps" if number % 4 == 3 else "transcribe"
+        task = "timestamps" if number % 3 == 2 else "transcribe"
         yield digits.draw(rng, augment=number % 2 == 1, task=task, n_words=int(rng.integers(1, 8)))
 
 
