@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,6 @@ TOKEN_S = 0.08  # from one audio token to the next
 TIMESTAMPS_WEIGHT = 0.5  # of a token; a stamped answer has ten times as many as a plain one
 MAX_WORDS = 10
 SPEECHLESS = 0.04  # of the clips
-PLAIN = 0.3  # of the clips, as recorded; the others are changed in many ways
 BEFORE_AUDIO = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER_AUDIO = "\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -75,6 +75,7 @@ class DigitSource:
     digits: Digits
     seed: int
     n_rows: int
+    plain: float = 0.3  # share of the clips that are as recorded; the others are changed in many ways
     gently: bool = True  # short sequences first
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class DigitSource:
         steps = _LONGEST if self.gently else ()
         longest = next((n for until, n in steps if number * self.n_rows < until), MAX_WORDS)
         n_words = 0 if rng.random() < SPEECHLESS else int(rng.integers(1, longest + 1))
-        plain = rng.random() < PLAIN
+        plain = rng.random() < self.plain
         example = self.digits.draw(rng, augment=not plain, task="transcribe", n_words=n_words)
         mel = self._log_mel(example.samples)
         if not plain:
@@ -101,12 +102,12 @@ class DigitSource:
         return make_row(self.codec, mel, [example, *(example.asked(task) for task in asked)])
 
 
-def open_source(out: Path, fsdd: Path, voices: Path | None, seed: int, n_rows: int, gently: bool = True) -> DigitSource:
+def open_source(out: Path, fsdd: Path, voices: Path | None, seed: int, n_rows: int, **how: Any) -> DigitSource:
     """The source of training; some of the synthetic voices are left to the validator."""
     digits = Digits(fsdd, "train", voices)
     for name in sorted(digits.voices)[-N_HELD_OUT:]:
         del digits.voices[name]
-    return DigitSource(read_codec(out / "model"), digits, seed, n_rows, gently)
+    return DigitSource(read_codec(out / "model"), digits, seed, n_rows, **how)
 
 
 @dataclass
@@ -201,9 +202,8 @@ def train_demo(options: argparse.Namespace) -> None:
     run = Run(trainee, settings, options.out, {"--seed": str(options.seed), "--batch": str(options.batch)})
     if options.resume:
         run.resume()
-    source = partial(
-        open_source, options.out, options.fsdd, options.voices, options.seed, options.batch, not options.start
-    )
+    how = {"plain": options.plain, "gently": not options.start}
+    source = partial(open_source, options.out, options.fsdd, options.voices, options.seed, options.batch, **how)
     ahead = partial(load, source, n_workers=options.workers)
     run.go(ahead, open_validator(options.out, options.fsdd, options.voices))
     write_weights(options.out / "model", model)
@@ -215,6 +215,7 @@ def _read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--voices", type=Path, help="synthetic voices besides (digits.voices makes them)")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", type=float, default=0.3, help="share of clips as recorded (default 0.3)")
     parser.add_argument("--steps", type=int, help="of the optimiser, the schedule's length")
     parser.add_argument("--minutes", type=float, help="of training, if that is sooner")
     parser.add_argument("--batch", type=int, default=16, help="clips a step (default 16)")
