@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def list_tasks(only: str, archs: Sequence[int] | None) -> list[tuple[str, int, i
     return [
         (name, n, arch)
         for name in list_modules()
-        for n, case in enumerate(import_module(name).static_cases())
+        for n, case in enumerate(list_cases(name, ARCHS[0]))
         if re.search(only, f"{case.kernel} {case.type}")
         for arch in archs or ARCHS
     ]
@@ -55,11 +56,13 @@ def list_tasks(only: str, archs: Sequence[int] | None) -> list[tuple[str, int, i
 def compile_task(task: tuple[str, int, int]) -> dict[str, Any]:
     """The row of a case; in any process."""
     name, n, arch = task
-    return asdict(compile_case(find_case(name, n), arch))
+    return asdict(compile_case(list_cases(name, arch)[n], arch))
 
 
-def find_case(module: str, n: int) -> Case:
-    return list(import_module(module).static_cases())[n]
+def list_cases(module: str, arch: int) -> list[Case]:
+    """Some cases depend on the processor: then `static_cases` takes its capability."""
+    cases = import_module(module).static_cases
+    return list(cases(divmod(arch, 10)) if signature(cases).parameters else cases())
 
 
 def compile_tasks(tasks: Sequence[tuple[str, int, int]], n_jobs: int) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,9 @@ def test_argmax_takes_the_first_of_equals() -> None:
 def test_argmax_of_nothing_finite_is_no_token() -> None:
     assert int(likeliest(torch.full((5,), -torch.inf))) == -1
     assert int(likeliest(torch.full((5,), torch.nan))) == -1
+    logits = logits_of(1501, 3)
+    logits[700] = torch.nan
+    assert int(likeliest(logits)) == -1
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ..formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Format
+from . import tune
 from .linear import Picker, few_pieces_of, pieces_of, pitch_of
 from .matmul import matmul, prepare
 from .matvec import matvec, matvec_gated, matvec_three
 from .static import Case
 from .tiles import TILES
-from .tune import Config, pick
+from .tune import Config
 
 D_MODEL, D_FF, N_VOCAB = 2560, 9728, 151936  # of the 4B model
 ROWS = "i32:16"  # matrices whose rows are multiples of 16, as those of all models are
@@ -20,7 +22,9 @@ ROWS = "i32:16"  # matrices whose rows are multiples of 16, as those of all mode
 FLOATS = dict.fromkeys(("x", "gain"), "*fp32") | {"eps": "fp32"}
 
 
-def static_cases(pick: Picker = pick) -> Iterator[Case]:
+def static_cases(capability: tuple[int, int] = (8, 9)) -> Iterator[Case]:
+    """As products are cut on such a processor."""
+    pick = partial(tune.pick, capability=capability)
     for fmt in (F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K):
         for n_tokens in (1, 2, 4, 8):
             yield matvec_case(fmt, n_tokens, pick)

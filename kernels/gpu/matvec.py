@@ -209,7 +209,8 @@ def finish(
         if out is not None:
             tl.store(out + t * n_rows + row, y, mask=inside)
         if best_value is not None:
-            ranked = tl.where(inside, y, float("-inf"))
+            ranked = tl.where(y == y, y, float("inf"))  # a maximum leaves NaN out, and infinity is no token either
+            ranked = tl.where(inside, ranked, float("-inf"))
             tl.store(best_value + program * TOKENS + t, tl.max(ranked, 0))
             tl.store(best_index + program * TOKENS + t, first_row + tl.argmax(ranked, 0))
 

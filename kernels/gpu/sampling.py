@@ -47,6 +47,7 @@ def _argmax_blocks(logits, maxima, indices, n, BLOCK: tl.constexpr):
     """Each program: the largest logit of its block, and the lowest place where it is."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + i, mask=i < n, other=-float("inf"))
+    x = tl.where(x == x, x, float("inf"))  # a maximum leaves NaN out, and infinity is no token either
     largest = tl.max(x, 0)
     tl.store(maxima + tl.program_id(0), largest)
     tl.store(indices + tl.program_id(0), tl.min(tl.where(x == largest, i, n), 0))

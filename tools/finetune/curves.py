@@ -94,9 +94,10 @@ def draw_curves(path: Path) -> Path | None:
                 axes.plot(
                     *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 40 else ""
                 )
-        axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
+    losses.set_yscale("log")
+    rates.set_yscale("symlog", linthresh=1)  # rates may be 0
     losses.set_ylabel("nats")
     rates.set_ylabel("errors, % of words")
     rates.set_xlabel("step")
