@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING
 from ..kernels.dequantize import dequantize
 from ..kernels.formats import F16, F32, Q8_0, Format
 from ..kernels.quantize import quantize
+from .sampling import OptionError
 
 if TYPE_CHECKING:
     import torch
 
 KV_FORMATS: dict[str, Format] = {"f32": F32, "f16": F16, "q8_0": Q8_0}
+
+
+def find_kv_format(kv_type: str, d_head: int) -> Format:
+    """How rows of `d_head` are kept under that name; OptionError if they can't be."""
+    if kv_type not in KV_FORMATS:
+        raise OptionError(f"--kv-type is {kv_type!r}; it must be one of: {', '.join(KV_FORMATS)}")
+    if d_head % KV_FORMATS[kv_type].length:
+        raise OptionError(f"--kv-type {kv_type} needs heads of a multiple of 32; this model's are {d_head}; use f16")
+    return KV_FORMATS[kv_type]
 
 
 class CacheTensor:

@@ -23,7 +23,7 @@ from .answer import Answer, GenerateOptions, Result, Timings, check_whole
 from .audio import SAMPLE_RATE, load_audio
 from .backends import find_backend
 from .gguf import GGUFFile, open_gguf
-from .kv_cache import KV_FORMATS
+from .kv_cache import KV_FORMATS, find_kv_format
 from .lora import LoraSpec, attach_loras
 from .mel import log_mel
 from .models.config import ModelError
@@ -86,7 +86,7 @@ class Model:
         self.special = SpecialIds(*(self._token_id(f"moss_audio.{key}") for key in SPECIAL_KEYS))
         self.stop_ids = self._find_stop_ids()
         wanted = backend.kv_type if kv_type is None else kv_type
-        self.kv_format = KV_FORMATS[check_kv_type(wanted, self.config.decoder.head_dim)]
+        self.kv_format = find_kv_format(wanted, self.config.decoder.head_dim)
         self._kv_formats, self._encoder, self._memory = self._possible_formats(kv_type), "kept", memory
         self.n_ctx = check_context(n_ctx, self.config.decoder.max_position_embeddings)
         key = "moss_audio.time_markers"
@@ -340,15 +340,6 @@ class Stream:
 
 def format_gib(n: int) -> str:
     return f"{n / 2**30:.2f} GiB"
-
-
-def check_kv_type(kv_type: str, d_head: int) -> str:
-    """`kv_type` if rows of `d_head` can be kept so; else OptionError."""
-    if kv_type not in KV_FORMATS:
-        raise OptionError(f"--kv-type is {kv_type!r}; it must be one of: {', '.join(KV_FORMATS)}")
-    if d_head % KV_FORMATS[kv_type].length:
-        raise OptionError(f"--kv-type {kv_type} needs heads of a multiple of 32; this model's are {d_head}; use f16")
-    return kv_type
 
 
 def check_context(n_ctx: int | None, n_max: int) -> int:

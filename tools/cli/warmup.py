@@ -27,8 +27,7 @@ def warmup(
     """
     from ...engine.backends import BackendError, find_backend
     from ...engine.gguf import open_gguf
-    from ...engine.kv_cache import KV_FORMATS
-    from ...engine.session import check_kv_type
+    from ...engine.kv_cache import find_kv_format
     from ...kernels.formats import FORMATS
 
     backend = find_backend("cpu")
@@ -37,7 +36,7 @@ def warmup(
     from ...engine.backends.cpu_warm import D_HEAD, warm
     from ...kernels.cpu.jit import cache_folder
 
-    cache = KV_FORMATS[check_kv_type(kv_type or backend.kv_type, D_HEAD)]
+    cache = find_kv_format(kv_type or backend.kv_type, D_HEAD)
     formats = FORMATS
     if model is not None:
         with open_gguf(model) as file:
