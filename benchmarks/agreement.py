@@ -31,8 +31,9 @@ RESULTS = Path(__file__).parent / "results"
 TASKS = ("transcribe", "timestamps")
 
 
-def compare(model: Model, oracle: Oracle, example: Example) -> tuple[int, bool]:
-    """How many tokens the engine says, and whether the oracle says the same and then ends as the engine does."""
+def compare(model: Model, oracle: Oracle, example: Example) -> tuple[int, float | None]:
+    """How many tokens the engine says, and None if the oracle says the same and then ends as the engine does; else the
+    margin by which the oracle's logits prefer another token where the answers part."""
     limit = next(LIMITS[task] for task in TASKS if PROMPTS[task] == example.prompt)
     said = model.generate(example.prompt, example.samples, sample_rate=RATE, max_new_tokens=limit)
     heard = model.listen(example.samples, RATE)
@@ -40,14 +41,17 @@ def compare(model: Model, oracle: Oracle, example: Example) -> tuple[int, bool]:
     kept: dict[str, np.ndarray] = {}
 
     def keep(name: str, value: Any) -> None:
-        if name == "generated_ids":
+        if name in ("generated_ids", "decode.logits"):
             kept[name] = value.numpy()
 
     n = len(said.token_ids)
     oracle.trace(heard.mels, prompt.ids, prompt.audio_rows >= 0, keep, n + 1, all_logits=False)
-    *wanted, last = kept["generated_ids"].tolist()
-    ended = said.finish_reason == "length" or last in model.stop_ids
-    return n, ended and wanted == list(said.token_ids)
+    ends = model.stop_ids if said.finish_reason == "stop" else set(kept["generated_ids"][n:].tolist())
+    allowed = [*({token_id} for token_id in said.token_ids), ends]
+    for token_id, ours, logits in zip(kept["generated_ids"].tolist(), allowed, kept["decode.logits"], strict=True):
+        if token_id not in ours:
+            return n, float(logits[token_id] - max(logits[other] for other in ours))
+    return n, None
 
 
 def compare_all(model: Model, oracle: Oracle, a: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -56,7 +60,8 @@ def compare_all(model: Model, oracle: Oracle, a: argparse.Namespace) -> Iterator
         for task in TASKS:
             results = [compare(model, oracle, example.asked(task)) for example in examples]
             row = {"speakers": name, "task": task, "answers": len(results), "tokens": sum(n for n, _ in results)}
-            yield row | {"same": sum(same for _, same in results)}
+            margins = [margin for _, margin in results if margin is not None]
+            yield row | {"same": len(results) - len(margins), "margins": margins}
 
 
 def main() -> None:
@@ -74,7 +79,10 @@ def main() -> None:
         with load(exact, backend="cpu", n_ctx=N_CTX) as model:
             for row in compare_all(model, oracle, a):
                 rows.append(row)
-                print(f"{row['speakers']}, {row['task']}: {row['same']} of {row['answers']} answers are the same")
+                margins = f"; margins of the others: {row['margins']}" if row["margins"] else ""
+                print(
+                    f"{row['speakers']}, {row['task']}: {row['same']} of {row['answers']} answers are the same{margins}"
+                )
     a.out.mkdir(parents=True, exist_ok=True)
     facts = {"sequences": a.sequences, "seed": a.seed, "machine": describe_machine(), "rows": rows}
     (a.out / "agreement.json").write_text(json.dumps(facts) + "\n")
