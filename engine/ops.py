@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .graph import Graph, Value
@@ -42,24 +42,15 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def _plain(rule: Callable[..., Shape | list[Shape]]) -> Callable[..., Shape | list[Shape]]:
-    OPS[rule.__name__] = Op(rule.__name__, rule=rule)
+def _row(rule: Callable[..., Shape | list[Shape]], **kind: Any) -> Callable[..., Shape | list[Shape]]:
+    OPS[rule.__name__] = Op(rule.__name__, rule=rule, **kind)
     return rule
 
 
-def _whole(rule: Callable[..., Shape]) -> Callable[..., Shape]:
-    OPS[rule.__name__] = Op(rule.__name__, rule=rule, dtype="i32")
-    return rule
-
-
-def _view(rule: Callable[..., Shape]) -> Callable[..., Shape]:
-    OPS[rule.__name__] = Op(rule.__name__, rule=rule, view=True)
-    return rule
-
-
-def _writes(rule: Callable[..., Shape]) -> Callable[..., Shape]:
-    OPS[rule.__name__] = Op(rule.__name__, rule=rule, writes=True)
-    return rule
+_plain = _row
+_whole = partial(_row, dtype="i32")
+_view = partial(_row, view=True)
+_writes = partial(_row, writes=True)
 
 
 def _fused(

@@ -24,20 +24,9 @@ from auricle.tools.finetune.model import Trainee, to_tensors
 from auricle.tools.finetune.passes import RMSNorm, Rotate
 from auricle.tools.oracle.model import load_oracle
 from auricle.tools.sample import SampleShape
-from talks import OTHER, SHAPE, checkpoint_of, digits_data, write_conversations
+from talks import OTHER, SHAPE, digits_data, write_conversations
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return partial(checkpoint_of, tmp_path_factory.mktemp("finetune"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_mel(n_frames: int) -> np.ndarray:

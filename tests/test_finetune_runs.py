@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +20,9 @@ from auricle.tools.finetune.model import Trainee, to_tensors
 from auricle.tools.finetune.train import Run, Settings, TrainingError
 from auricle.tools.finetune.tune import Task, TaskError, finetune, part_of
 from auricle.tools.oracle.model import OracleError, load_oracle
-from talks import SHAPE, checkpoint_of, digits_data, write_conversations
+from talks import SHAPE, digits_data, write_conversations
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return partial(checkpoint_of, tmp_path_factory.mktemp("finetune"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(folder: Path) -> list[float]:

@@ -6,6 +6,7 @@ Knows how things get to the card and what they take there. Does not know what th
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
@@ -49,10 +50,7 @@ def placed_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
     """What a tensor of a file takes on the card: a matrix as it is stored there, anything else in float32."""
     if len(shape) == 2:
         return aligned(layouts.packed_bytes(stored_format(fmt), *shape))
-    n = 1
-    for d in shape:
-        n *= d
-    return aligned(4 * n)
+    return aligned(4 * math.prod(shape))
 
 
 @cache
