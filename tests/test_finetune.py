@@ -92,6 +92,28 @@ def test_several_clips_and_turns_as_the_oracle_has_them(folders, tmp_path: Path)
     np.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=2e-5)
 
 
+def test_what_is_told_of_audio_tokens_is_learnt_where_it_is_known(folders) -> None:
+    folder = folders(SHAPE)
+    codec = read_codec(folder)
+    torch.manual_seed(0)
+    trainee = Trainee(read_model(folder), n_sounds=5, n_places=(3, 4)).eval()
+    known, unknown = (question_row(codec, random_mel(n), [("What?", "one")]) for n in (40, 90))
+    known.sounds, known.places = [0, 1, 2, 3, 4], [(0, 3), (1, 2), (2, 1), (0, 0), (1, 3)]
+    alone = trainee(to_tensors(collate([known])))
+    together = trainee(to_tensors(collate([unknown, known])))
+    torch.testing.assert_close(together[1:], alone[1:])
+    assert float(alone.sounds.detach()) > 0.5
+    assert float(alone.places.detach()) > 0.5
+    nothing = trainee(to_tensors(collate([unknown])))
+    assert (float(nothing.sounds), float(nothing.places)) == (0, 0)
+    layers = trainee.model.language_model.layers
+    first, *_, last = torch.autograd.grad(
+        together.places, [layer.mlp.up_proj.weight for layer in layers], allow_unused=True
+    )
+    assert first is not None
+    assert last is None
+
+
 def test_derivatives_that_are_written_out() -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((3, 2, 8), (8,)))

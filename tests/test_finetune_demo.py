@@ -16,6 +16,7 @@ from auricle.tools.finetune import demo, spectra
 from auricle.tools.finetune.batches import IGNORED
 from auricle.tools.finetune.curves import draw_curves, read_curves
 from auricle.tools.finetune.digits import PROMPTS, WORDS, tasks
+from auricle.tools.finetune.digits.grid import N_PLACES, N_SOUNDS, on_grid, places_of, sounds_of
 from auricle.tools.finetune.folder import read_codec, write_weights
 from auricle.tools.finetune.shape import demo_config, demo_merges, split_words, write_demo_files
 from auricle.tools.oracle.model import MossAudio
@@ -99,10 +100,23 @@ def test_a_row_of_several_questions(files: Path) -> None:
     row = demo.make_row(codec, np.zeros((128, 100), np.float32), [example, example.asked("count")])
     # A token every 80 ms: silence, the start of a four and the rest of it, a gap, a two, silence.
     assert row.sounds == [0, 9, 10, 10, 10, 0, 5, 6, 6, 6, 6, 0, 0]
+    assert row.places[0] == (0, 0, 0, 0)
+    assert row.places[7] == (0, 5, 3, 2)  # at 0.56 s, in the second word
     assert sorted(set(row.branches)) == [0, 1, 2]
     second = [label for label, at in zip(row.labels, row.branches, strict=True) if at == 2 and label != IGNORED]
     assert second == [*codec.tokenizer.encode("2"), codec.end_id]
     assert row.positions[row.branches.index(2)] == row.positions[row.branches.index(1)]
+
+
+def test_places_and_times_go_by_audio_tokens() -> None:
+    example = tasks.ask("timestamps", np.zeros(192_000, np.float32), ["one"] * 2, [(0.31, 0.33), (10.5, 11.97)])
+    assert on_grid(example).asked("timestamps").answer == "[0.32]one[0.40][10.48]one[12.00]"
+    places = np.array(places_of(sounds_of(example, 150)))
+    assert places.min() == 0
+    assert (places.max(axis=0) < N_PLACES).all()
+    starts = places[:, :3] @ [1000, 100, 20]  # ms
+    np.testing.assert_array_equal(starts, np.arange(150) * 80)
+    assert np.flatnonzero(np.diff(places[:, 3])).tolist() == [3, 130]
 
 
 @needs_shared
@@ -131,7 +145,7 @@ def test_batches_depend_on_seed_and_number_alone(files: Path) -> None:
     np.testing.assert_array_equal(first(3000).windows, second(3000).windows)
     other = demo.open_source(files.parent, FSDD, None, 1, 3)
     assert not np.array_equal(other(3000).ids, first(3000).ids)
-    starts = np.isin(first(0).sounds, np.arange(1, demo.N_SOUNDS, 2)).sum()
+    starts = np.isin(first(0).sounds, np.arange(1, N_SOUNDS, 2)).sum()
     assert 0 < starts <= 2 * 3  # short ones come first
 
 

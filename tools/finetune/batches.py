@@ -55,6 +55,7 @@ class Row:
     codec: Codec
     mels: list[np.ndarray] = field(default_factory=list)  # clips, each [n_mels, n_frames]
     sounds: list[int] = field(default_factory=list)  # what is heard in each audio token, a class, or IGNORED
+    places: list[Sequence[int]] = field(default_factory=list)  # where each stands: some classes, or nothing known
     ids: list[int] = field(default_factory=list)
     audio: list[int] = field(default_factory=list)  # row in the concatenated clips, -1 for text
     labels: list[int] = field(default_factory=list)  # the id to follow, or IGNORED
@@ -76,12 +77,13 @@ class Row:
         """The same, of ready ids."""
         self._append(ids)
 
-    def clip(self, mel: np.ndarray, sounds: Sequence[int] = ()) -> None:
+    def clip(self, mel: np.ndarray, sounds: Sequence[int] = (), places: Sequence[Sequence[int]] = ()) -> None:
         """The span of a clip [n_mels, n_frames], with time markers when the model has them. `sounds`: a class for each
-        audio token, which the encoder shall tell."""
+        audio token, which the encoder shall tell; `places`: some for each, which the decoder shall know."""
         n_tokens = count_audio_tokens(mel.shape[1], self.codec.window)
-        assert len(sounds) in (0, n_tokens), f"{len(sounds)=} {n_tokens=}"
+        assert {len(sounds), len(places)} <= {0, n_tokens}, f"{len(sounds)=} {len(places)=} {n_tokens=}"
         self.sounds += sounds or [IGNORED] * n_tokens
+        self.places += places or [()] * n_tokens
         span = audio_span(n_tokens, self.codec.special, self.codec.digits)
         at = len(self.ids)
         self._append(span)
@@ -116,7 +118,8 @@ class Row:
             if first < n_tokens < end:
                 kept = first
         self.mels = self.mels[: sum(end <= kept for _, end in self.spans)]
-        del self.sounds[sum(count_audio_tokens(mel.shape[1], self.codec.window) for mel in self.mels) :]
+        n_kept = sum(count_audio_tokens(mel.shape[1], self.codec.window) for mel in self.mels)
+        del self.sounds[n_kept:], self.places[n_kept:]
         for part in (self.ids, self.audio, self.labels, self.weights, self.positions, self.branches):
             del part[kept:]
         if kept < self._position and self.labels:
@@ -165,15 +168,17 @@ class Batch:
     labels: np.ndarray  # [n_tokens] int64
     weights: np.ndarray  # [n_tokens] float32
     sounds: np.ndarray  # [n_audio] int64, class of each row of the encoder's output
+    places: np.ndarray  # [n_audio, n_kinds] int64, classes of the same rows in the decoder, IGNORED where not known
 
 
 def collate(rows: Sequence[Row]) -> Batch:
     """One batch of rows, with the clips of all of them in order."""
     window = rows[0].codec.window
-    windows, n_padded, sounds, audio_rows = [], [], [], []
+    windows, n_padded, sounds, places, audio_rows = [], [], [], [], []
     for row in rows:
         first = len(sounds)
         sounds += row.sounds
+        places += row.places
         audio_rows += [first + at if at >= 0 else -1 for at in row.audio]
         pieces = [mel[:, at : at + window] for mel in row.mels for at in range(0, mel.shape[1], window)]
         longest = max((piece.shape[1] for piece in pieces), default=0)  # of the request, as at inference
@@ -193,6 +198,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         labels=_int64(_chain(row.labels for row in rows)),
         weights=np.array(_chain(row.weights for row in rows), np.float32),
         sounds=_int64(sounds),
+        places=_fill(places),
     )
 
 
@@ -205,9 +211,14 @@ def _stack(pieces: Sequence[np.ndarray]) -> np.ndarray:
     return stacked
 
 
+def _fill(places: Sequence[Sequence[int]]) -> np.ndarray:
+    n_kinds = max(map(len, places), default=0)
+    return _int64([place or [IGNORED] * n_kinds for place in places]).reshape(len(places), n_kinds)
+
+
 def _chain(parts: Iterable[Sequence]) -> list:
     return [item for part in parts for item in part]
 
 
-def _int64(values: Sequence[int]) -> np.ndarray:
+def _int64(values: Sequence) -> np.ndarray:
     return np.array(values, np.int64)

@@ -18,6 +18,7 @@ COLUMNS = (
     "learning_rate",
     "loss",
     "sounds",
+    "places",
     "gradient",
     "validation_loss",
     "validation_wer",
@@ -87,7 +88,8 @@ def draw_curves(path: Path) -> Path | None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True)
     rows = read_curves(path)
-    for axes, names in ((losses, ("loss", "sounds", "validation_loss")), (rates, ("validation_wer", "synthetic_wer"))):
+    drawn = {losses: ("loss", "sounds", "places", "validation_loss"), rates: ("validation_wer", "synthetic_wer")}
+    for axes, names in drawn.items():
         for name in names:
             points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
             if points:

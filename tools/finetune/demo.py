@@ -22,7 +22,8 @@ from ...kernels.errors import AuricleError
 from ..oracle.model import MossAudio
 from . import spectra
 from .batches import Batch, Codec, Row, collate, count_audio_tokens
-from .digits import PROMPTS, WORDS, Digits, Example
+from .digits import MAX_WORDS, PROMPTS, Digits, Example
+from .digits.grid import N_PLACES, N_SOUNDS, on_grid, places_of, sounds_of
 from .folder import read_codec, read_gguf_weights, write_weights
 from .greedy import continue_greedily, count_errors
 from .loader import load
@@ -32,10 +33,7 @@ from .train import Run, Settings
 
 CONV_GAIN = 4.0  # keeps the spread of a log-mel through GELU
 N_HELD_OUT = 6  # synthetic voices kept for validation
-N_SOUNDS = 1 + 2 * len(WORDS)
-TOKEN_S = 0.08  # from one audio token to the next
 TIMESTAMPS_WEIGHT = 0.5  # of a token; a stamped answer has ten times as many as a plain one
-MAX_WORDS = 10
 SPEECHLESS = 0.04  # of the clips
 BEFORE_AUDIO = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 AFTER_AUDIO = "\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -44,21 +42,12 @@ _SHARES = {"timestamps": 0.5, "count": 0.15, "last": 0.15}  # of the clips; all 
 _LONGEST = ((4800, 2), (12_800, 4), (22_400, 7))  # until so many clips are drawn, at most so many words
 
 
-def sounds_of(example: Example, n_tokens: int) -> list[int]:
-    """What is heard at each audio token: silence, the start of a word, or more of it; one of N_SOUNDS."""
-    sounds = [0] * n_tokens
-    for word, (start, end) in zip(example.words, example.times, strict=True):
-        first = min(round(start / TOKEN_S), n_tokens - 1)
-        last = min(max(round(end / TOKEN_S), first + 1), n_tokens)
-        sounds[first:last] = [1 + 2 * WORDS.index(word) + (at > first) for at in range(first, last)]
-    return sounds
-
-
 def make_row(codec: Codec, mel: np.ndarray, examples: list[Example], answered: bool = True) -> Row:
     """One clip and all its questions, each in a branch of its own."""
     row = Row(codec)
     row.text(BEFORE_AUDIO)
-    row.clip(mel, sounds_of(examples[0], count_audio_tokens(mel.shape[1], codec.window)))
+    sounds = sounds_of(examples[0], count_audio_tokens(mel.shape[1], codec.window))
+    row.clip(mel, sounds, places_of(sounds))
     for example in examples:
         row.branch()
         row.text(AFTER_AUDIO.format(prompt=example.prompt))
@@ -99,6 +88,7 @@ class DigitSource:
             if rng.random() < 0.5:
                 mel = spectra.mask(mel, rng)
         asked = [task for task, share in _SHARES.items() if rng.random() < share]
+        example = on_grid(example)
         return make_row(self.codec, mel, [example, *(example.asked(task) for task in asked)])
 
 
@@ -127,7 +117,7 @@ class Validator:
     def _loss(self, trainee: Trainee) -> float:
         tasks = ("transcribe", "timestamps", "count", "last")
         rows = [
-            make_row(self.codec, log_mel(example.samples), [example.asked(task) for task in tasks])
+            make_row(self.codec, log_mel(example.samples), [on_grid(example).asked(task) for task in tasks])
             for example in self.known[:40]
         ]
         with torch.inference_mode():
@@ -192,7 +182,7 @@ def train_demo(options: argparse.Namespace) -> None:
     initialise(model)
     if options.start:
         read_gguf_weights(model, options.start)
-    trainee = Trainee(model, n_sounds=N_SOUNDS, dropout=options.dropout)
+    trainee = Trainee(model, N_SOUNDS, N_PLACES, options.dropout)
     settings = Settings(
         learning_rate=options.learning_rate,
         steps=options.steps,

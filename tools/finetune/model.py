@@ -7,6 +7,7 @@ on the real tokens alone, attention on rows filled up to the longest. Knows batc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -35,13 +36,16 @@ class Tensors(NamedTuple):
     labels: Tensor
     weights: Tensor
     sounds: Tensor
+    places: Tensor
 
 
 class Losses(NamedTuple):
-    """Means over a batch: of the answers' tokens (weighted), and of what is heard in each audio token."""
+    """Means over a batch: of the answers' tokens (weighted), of what is heard in each audio token, and of where it
+    stands."""
 
     answer: Tensor
     sounds: Tensor
+    places: Tensor
 
 
 def to_tensors(batch: Batch, device: str | torch.device = "cpu") -> Tensors:
@@ -125,16 +129,18 @@ def _spread(x: Tensor, at: Tensor, n_rows: int, n_columns: int) -> Tensor:
 
 
 class Trainee(nn.Module):
-    """A MossAudio with what training needs beside it: a head that tells the encoder's output as one of `n_sounds`; 0:
-    none."""
+    """A MossAudio with what training needs beside it: a head that tells the encoder's output as one of `n_sounds`, and
+    one that tells halfway through the decoder where an audio token stands, as one of `n_places` of each kind."""
 
-    def __init__(self, model: MossAudio, n_sounds: int = 0, dropout: float = 0.0) -> None:
+    def __init__(self, model: MossAudio, n_sounds: int = 0, n_places: Sequence[int] = (), dropout: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.dropout = dropout
         self.checkpointing = False
         d_out = model.audio_adapter.gate_proj.in_features
         self.sound_head = nn.Linear(d_out, n_sounds) if n_sounds else None
+        self.n_places = tuple(n_places)
+        self.place_head = nn.Linear(model.lm_head.in_features, sum(n_places)) if n_places else None
 
     @property
     def device(self) -> torch.device:
@@ -143,11 +149,12 @@ class Trainee(nn.Module):
     def forward(self, batch: Tensors) -> Losses:
         encoded, taps = self.encode(batch)
         learnt = (batch.labels != IGNORED).nonzero()[:, 0]
-        hidden = self.decode(batch, encoded, taps, learnt)
+        halfway: list[Tensor] = []
+        hidden = self.decode(batch, encoded, taps, learnt, halfway)
         loss = F.cross_entropy(self.model.lm_head(hidden), batch.labels[learnt], reduction="none")
         weights = batch.weights[learnt]
         answer = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
-        return Losses(answer, self._tell_sounds(encoded, batch.sounds))
+        return Losses(answer, self._tell_sounds(encoded, batch.sounds), self._tell_places(halfway, batch.places))
 
     def encode(self, batch: Tensors) -> tuple[Tensor, list[Tensor]]:
         """The encoder's output and one tensor a tap, each [n_audio, d_out]."""
@@ -169,8 +176,18 @@ class Trainee(nn.Module):
             outputs.append(x if n in encoder.taps else None)
         return encoder.out_proj(encoder.layer_norm(x)), [encoder.out_proj(outputs[tap]) for tap in encoder.taps]
 
-    def decode(self, batch: Tensors, encoded: Tensor, taps: list[Tensor], wanted: Tensor | None = None) -> Tensor:
-        """The final norm's rows of the `wanted` tokens (ascending; by default all), [n_wanted, d_model]."""
+    def decode(
+        self,
+        batch: Tensors,
+        encoded: Tensor,
+        taps: list[Tensor],
+        wanted: Tensor | None = None,
+        halfway: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The final norm's rows of the `wanted` tokens (ascending; by default all), [n_wanted, d_model].
+
+        `halfway` gets what half of the layers make of the audio tokens, [n_audio, d_model].
+        """
         model, llm = self.model, self.model.language_model
         at = (batch.audio_rows >= 0).nonzero()[:, 0]
         order = batch.audio_rows[at]
@@ -189,6 +206,8 @@ class Trainee(nn.Module):
             x = self._maybe_checkpoint(_run_decoder_layer, layer, x, blocks, rotation, asking, self._drop)
             if n < len(additions):
                 x = _inject(x, at, additions[n], asking)
+            if halfway is not None and n == len(llm.layers) // 2 - 1:
+                halfway.append(x[at[order.argsort()]])
         return _norm(llm.norm, x)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -204,6 +223,15 @@ class Trainee(nn.Module):
         if self.sound_head is None or not known.any():
             return encoded.new_zeros(())
         return F.cross_entropy(self.sound_head(encoded), sounds, ignore_index=IGNORED)
+
+    def _tell_places(self, halfway: list[Tensor], places: Tensor) -> Tensor:
+        known = (places != IGNORED).any(dim=1)
+        if self.place_head is None or not halfway or not known.any():
+            return self.model.lm_head.weight.new_zeros(())
+        x = halfway[0][known]
+        told = self.place_head(F.rms_norm(x, x.shape[1:])).split(self.n_places, dim=1)
+        losses = [F.cross_entropy(x, y) for x, y in zip(told, places[known].unbind(1), strict=True)]
+        return torch.stack(losses).mean()
 
 
 def _run_stem(encoder: nn.Module, batch: Tensors) -> Tensor:

@@ -40,6 +40,7 @@ class Settings:
     weight_decay: float = 0.02
     clip: float = 1.0  # of the gradient's norm; 0: none
     sound_weight: float = 1.0
+    place_weight: float = 1.0
     accumulate: int = 1  # batches a step
     save_minutes: float = 5.0
     validate_steps: int = 1000
@@ -151,23 +152,24 @@ class Run:
 
     def _update(self, batches: Sequence[Batch], rate: float) -> dict[str, float]:
         """One step of the optimiser; returns the mean losses and the gradient's size before clipping."""
-        answer = sounds = 0.0
+        told = {"loss": 0.0, "sounds": 0.0, "places": 0.0}
         weights = [float(batch.weights.sum()) for batch in batches]
         for batch, weight in zip(batches, weights, strict=True):
             losses = self.trainee(to_tensors(batch, self.trainee.device))
             share, part = weight / max(sum(weights), 1e-6), 1 / len(batches)
-            total = share * losses.answer + part * self.settings.sound_weight * losses.sounds
+            besides = self.settings.sound_weight * losses.sounds + self.settings.place_weight * losses.places
+            total = share * losses.answer + part * besides
             if total.requires_grad:  # not of a batch without audio when only the encoder trains
                 total.backward()
-            answer += share * float(losses.answer.detach())
-            sounds += part * float(losses.sounds.detach())
+            for name, weight, loss in zip(told, (share, part, part), losses, strict=True):
+                told[name] += weight * float(loss.detach())
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
         size = float(nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return {"loss": answer, "sounds": sounds, "gradient": size}
+        return {**told, "gradient": size}
 
     def _validate(self, validate: Validate) -> None:
         began = time.monotonic()

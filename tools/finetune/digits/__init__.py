@@ -8,8 +8,8 @@ Knows nothing of models, tokenizers or training loops.
 
 from __future__ import annotations
 
-from .compose import Digits
+from .compose import MAX_WORDS, Digits
 from .recordings import WORDS, DigitsError, Recording
 from .tasks import PROMPTS, Example
 
-__all__ = ["PROMPTS", "WORDS", "Digits", "DigitsError", "Example", "Recording"]
+__all__ = ["MAX_WORDS", "PROMPTS", "WORDS", "Digits", "DigitsError", "Example", "Recording"]

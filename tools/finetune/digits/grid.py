@@ -1,0 +1,50 @@
+"""The audio tokens of a clip, one every 80 ms: what is heard in each and where it stands, as classes to be told apart.
+
+Knows words and times; no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from .compose import MAX_SECONDS, MAX_WORDS
+from .recordings import WORDS
+from .tasks import Example
+
+TOKEN_MS = 80
+N_SOUNDS = 1 + 2 * len(WORDS)
+N_PLACES = (int(MAX_SECONDS) + 1, 10, 5, MAX_WORDS + 1)  # whole seconds, tenths, fiftieths, words
+
+
+def on_grid(example: Example) -> Example:
+    """The same with times in whole audio tokens, at least one a word: no finer ones are to be learnt."""
+    firsts = [_nearest(start) for start, _ in example.times]
+    ends = [max(_nearest(end), first + 1) for first, (_, end) in zip(firsts, example.times, strict=True)]
+    times = ((first * TOKEN_MS / 1000, end * TOKEN_MS / 1000) for first, end in zip(firsts, ends, strict=True))
+    return replace(example, times=tuple(times))
+
+
+def sounds_of(example: Example, n_tokens: int) -> list[int]:
+    """What is heard at each audio token: silence, the start of a word, or more of it; one of N_SOUNDS."""
+    sounds = [0] * n_tokens
+    for word, (start, end) in zip(example.words, on_grid(example).times, strict=True):
+        first = _nearest(start)
+        for at in range(first, min(_nearest(end), n_tokens)):
+            sounds[at] = 1 + 2 * WORDS.index(word) + (at > first)
+    return sounds
+
+
+def places_of(sounds: Sequence[int]) -> list[tuple[int, ...]]:
+    """Where each audio token stands: seconds, tenths and fiftieths when it starts, and words begun; of N_PLACES."""
+    places = []
+    for at, n_words in enumerate(accumulate(sound % 2 for sound in sounds)):
+        seconds, rest = divmod(at * TOKEN_MS, 1000)
+        places.append((seconds, rest // 100, rest % 100 // 20, n_words))
+    return places
+
+
+def _nearest(seconds: float) -> int:
+    """The audio token that starts nearest."""
+    return round(seconds * 1000 / TOKEN_MS)
