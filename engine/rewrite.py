@@ -150,6 +150,30 @@ def fuse_stores(graph: Graph, capture: Collection[str] = ()) -> Graph:
     return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
 
 
+def fuse_steps(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """kv_attention(norm_rope_store(q, k, v)) of one token -> norm_rope_attention. Goes after `fuse_stores`."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    attention_of: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.op != "kv_attention" or node.inputs[0].shape[0] != 1 or not private(node.inputs[0]):
+            continue
+        store = made_by.get(node.inputs[0])
+        if store and store.op == "norm_rope_store" and node.inputs == (*store.outputs, store.inputs[-1]):
+            attention_of[store] = node
+    results: dict[Node, Value] = {}
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        if node in results:
+            return (results[node],)
+        if node not in attention_of:
+            return None
+        outputs = new.norm_rope_attention(*map(current, node.inputs), **node.attrs)
+        results[attention_of[node]] = outputs[0]
+        return outputs  # the first in the place of the queries, which only attention reads
+
+    return replay(graph, visit)
+
+
 def widen_linears(graph: Graph, capture: Collection[str] = ()) -> Graph:
     """linear, linears, gated_linear -> wide_linear, which the rules below widen further."""
 

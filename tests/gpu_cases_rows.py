@@ -248,6 +248,37 @@ def test_norm_rope_store(n_tokens: int, n_head: int, n_kv_head: int, d: int, fmt
         assert got.scales is None or torch.equal(got.scales.view(torch.uint8), want.scales.view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("position", "n_head", "n_kv_head", "d", "n_ctx", "fmt"),
+    [
+        (0, 2, 2, 64, 64, F16),
+        (255, 8, 2, 128, 300, F16),  # the last slot of a step of a split
+        (256, 4, 1, 128, 300, Q8_0),  # the first of another split, which sees nothing else
+        (70, 4, 2, 80, 600, F32),
+        (299, 2, 1, 64, 300, Q8_0),  # the context is full
+    ],
+)
+def test_step_attention(position: int, n_head: int, n_kv_head: int, d: int, n_ctx: int, fmt: Format) -> None:
+    q, k, v = (random(1, heads, d, seed=seed) for seed, heads in enumerate((n_head, n_kv_head, n_kv_head)))
+    q_weight, k_weight = 2 * random(d, seed=3), random(d, seed=4)
+    frequencies, positions = rope.rope_frequencies(d, 1e6), integers([position])
+    results = []
+    for together in (True, False):
+        kept = [split_blocks(filled_cache(n_ctx, n_kv_head, d, fmt, position, seed)) for seed in (1, 2)]
+        scratch = nans(kv_attention.kv_attention_scratch_bytes(1, n_head, d, n_ctx) // 4)
+        operands, out = (q, k, v, q_weight, k_weight, 1e-6, frequencies), nans(*q.shape)
+        if together:
+            kv_attention.step_attention(*operands, *kept, positions, out, scratch)
+        else:
+            turned = nans(*q.shape)
+            rope.norm_rope_store(*operands, positions, turned, *kept)
+            kv_attention.kv_attention(turned, *kept, positions, out, scratch)
+        planes = [plane.view(torch.uint8) for c in kept for plane in (c.codes, c.scales) if plane is not None]
+        results.append([out, *planes])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
 # Rows and elements.
 
 

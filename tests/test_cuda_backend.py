@@ -32,6 +32,7 @@ from auricle.engine.rewrite import (
     fuse_gates,
     fuse_linears,
     fuse_norm_ropes,
+    fuse_steps,
     fuse_stores,
     widen_linears,
 )
@@ -106,11 +107,20 @@ def decoder_half(n_tokens: int = 3) -> Graph:
     return g
 
 
-RULES = (fuse_gates, fuse_linears, fuse_norm_ropes, fuse_stores, widen_linears, absorb_norms, absorb_closings)
+RULES = (
+    fuse_gates,
+    fuse_linears,
+    fuse_norm_ropes,
+    fuse_stores,
+    fuse_steps,
+    widen_linears,
+    absorb_norms,
+    absorb_closings,
+)
 
 
-def ops_after(rules: tuple[Callable, ...], capture: list[str]) -> list[str]:
-    graph = cut(decoder_half(), capture)
+def ops_after(rules: tuple[Callable, ...], capture: list[str], n_tokens: int = 3) -> list[str]:
+    graph = cut(decoder_half(n_tokens), capture)
     for rule in rules:
         graph = rule(graph, capture)
     return [node.op for node in graph.nodes if node.op != "reshape"]
@@ -120,6 +130,7 @@ def test_rules_leave_few_launches() -> None:
     assert ops_after(RULES, ["out"]) == [
         "wide_linear", "norm_rope_store", "kv_attention", "wide_linear", "wide_linear", "wide_linear",
     ]  # fmt: skip
+    assert ops_after(RULES, ["out"], n_tokens=1) == ["wide_linear", "norm_rope_attention", *["wide_linear"] * 3]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2])

@@ -16,6 +16,7 @@ from ..rewrite import (
     fuse_gates,
     fuse_linears,
     fuse_norm_ropes,
+    fuse_steps,
     fuse_stores,
     widen_linears,
 )
@@ -26,7 +27,16 @@ from .cuda_linear import linear_kernels
 from .cuda_memory import CardDevice
 from .cuda_steps import Stepper
 
-RULES = (fuse_gates, fuse_linears, fuse_norm_ropes, fuse_stores, widen_linears, absorb_norms, absorb_closings)
+RULES = (
+    fuse_gates,
+    fuse_linears,
+    fuse_norm_ropes,
+    fuse_stores,
+    fuse_steps,
+    widen_linears,
+    absorb_norms,
+    absorb_closings,
+)
 
 
 def make_backend(card: Card, pick: Picker | None = None) -> Backend:

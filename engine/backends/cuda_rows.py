@@ -72,6 +72,18 @@ def kv_attention_bytes(node: Node) -> int:
     return kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d_head, keys.shape[0])
 
 
+def bind_norm_rope_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor) -> Call:
+    q, k, v, q_weight, k_weight, keys, values, positions = inputs
+    turns, eps = frequencies(q.shape[-1], node.attrs["theta"], q.device), node.attrs["eps"]
+    rest = (keys.planes, values.planes, positions, outputs[0], scratch.view(torch.float32))
+    return lambda: kv_attention.step_attention(q, k, v, q_weight, k_weight, eps, turns, *rest)
+
+
+def norm_rope_attention_bytes(node: Node) -> int:
+    n_tokens, n_head, d_head = node.inputs[0].shape
+    return kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d_head, node.inputs[5].shape[0])
+
+
 def bind_window_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     return lambda: window_attention.window_attention(*inputs, outputs[0])
 
@@ -92,5 +104,6 @@ KERNELS = {
     "norm_rope_store": Kernel(bind_norm_rope_store),
     "kv_store": Kernel(bind_kv_store),
     "kv_attention": Kernel(bind_kv_attention, kv_attention_bytes),
+    "norm_rope_attention": Kernel(bind_norm_rope_attention, norm_rope_attention_bytes),
     "window_attention": Kernel(bind_window_attention),
 }

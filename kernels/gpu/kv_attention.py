@@ -4,6 +4,10 @@ Many (a prompt): a program takes a tile of tokens of one query head. Few (decodi
 fill the card, so the past is split among programs, each of which reads its share of one KV head once for all query
 heads that use it; a second, small kernel puts the shares together. How the past is split depends on the position, which
 is read on the card, and the grid does not: a captured graph serves every step. Sums are taken in a fixed order.
+
+A step of one token (`step_attention`) takes q, k and v as the products leave them: norms, rotary positions and the
+writing of the cache are part of the first kernel. The program whose share ends with the new token writes its key and
+value before it reads its share; no other program reads that slot.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import triton
 import triton.language as tl
 
 from ..formats import F16, F32, Q8_0, Format
-from .cache import GpuCache, cache_arguments, load_rows
+from .cache import GpuCache, cache_arguments, load_rows, store_rows
+from .rope import find_turn, turn_rows
 from .softmax import HIDDEN, attend_tile, score_scale
 from .static import Case
 
@@ -29,6 +34,7 @@ MAX_SPLITS = 32
 # follow from the heads. Float32 takes twice the memory on the chip and three products for one.
 MANY = {F16: (64, 32, 4, 3), Q8_0: (64, 32, 4, 2), F32: (32, 32, 8, 1)}
 SPLIT = {F16: (64, 4, 2), Q8_0: (64, 4, 2), F32: (32, 8, 1)}
+STEP = ("new_keys", "new_values", "q_weight", "k_weight", "frequencies")  # operands of the form for one new token
 
 
 @triton.jit
@@ -92,6 +98,12 @@ def _attend_split(
     values,
     values_scales,
     positions,
+    new_keys,
+    new_values,
+    q_weight,
+    k_weight,
+    frequencies,
+    eps,
     sums,
     n_tokens,
     n_head,
@@ -106,6 +118,8 @@ def _attend_split(
 ):
     """Grid: (KV heads, splits). A row of the tile is a query head of the KV head's group, of one token.
 
+    With `new_keys` there is one token, and nothing of it is normalised, turned or in the cache yet.
+
     Writes to `sums` [n_tokens, n_head, SPLITS, D + 2] the mixed values, then the peak and the total of the share.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
@@ -117,7 +131,19 @@ def _attend_split(
     inside = token < n_tokens
     position = tl.load(positions + token, mask=inside, other=-1)
     row = token * n_head + kv_head * GROUP + member
-    q = load_rows(queries, None, row, inside, D, D_PAD) * scale
+    if new_keys is not None:
+        cosine, sine = find_turn(frequencies, n_slots - 1, D, D_PAD)
+        if end == n_slots:
+            head = kv_head + tl.arange(0, 1)
+            slot, wanted = (n_slots - 1) * n_kv_head + head, head >= 0
+            k = turn_rows(new_keys, k_weight, cosine, sine, head, wanted, eps, D, D_PAD)
+            store_rows(keys, keys_scales, slot, wanted, k, D, D_PAD)
+            v = load_rows(new_values, None, head, wanted, D, D_PAD)
+            store_rows(values, values_scales, slot, wanted, v, D, D_PAD)
+            tl.debug_barrier()  # the threads of this program see what was stored
+        q = turn_rows(queries, q_weight, cosine, sine, row, inside, eps, D, D_PAD) * scale
+    else:
+        q = load_rows(queries, None, row, inside, D, D_PAD) * scale
     q = q.to(tl.float32 if keys.dtype.element_ty == tl.float32 else tl.float16)
 
     peak = tl.full((ROWS,), HIDDEN, tl.float32)
@@ -172,7 +198,7 @@ def split_count(n_ctx: int) -> int:
 
 
 def kv_attention_scratch_bytes(n_tokens: int, n_head: int, d_head: int, n_ctx: int) -> int:
-    """What `kv_attention` needs beside its operands, 0 for many tokens."""
+    """What `kv_attention` and `step_attention` need beside their operands, 0 for many tokens."""
     return 4 * n_tokens * n_head * split_count(n_ctx) * (d_head + 2) if n_tokens <= FEW else 0
 
 
@@ -190,22 +216,61 @@ def kv_attention(
     [n_tokens] rise by one a token. scratch: at least `kv_attention_scratch_bytes`, float32, for up to FEW tokens.
     """
     n_tokens, n_head, d = q.shape
+    if n_tokens <= FEW:
+        assert scratch is not None
+        _attend_few(q, keys, values, positions, (None,) * 5 + (0.0,), out, scratch)
+        return
+    planes = (keys.codes, keys.scales, values.codes, values.scales, positions)
+    sizes = (n_tokens, n_head, keys.codes.shape[1], score_scale(d), d, _width(d))
+    rows, slots, warps, stages = MANY[keys.format]
+    grid = (triton.cdiv(n_tokens, rows), n_head)
+    _attend_many[grid](q, *planes, out, *sizes, rows, slots, num_warps=warps, num_stages=stages)
+
+
+def step_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    frequencies: torch.Tensor,
+    keys: GpuCache,
+    values: GpuCache,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """`rope.norm_rope_store` of one token and `kv_attention` of it: q, out [1, n_head, d_head], k, v [1, n_kv_head,
+    d_head], weights [d_head]."""
+    assert q.shape[0] == 1, f"{q.shape=}"
+    _attend_few(q, keys, values, positions, (k, v, q_weight, k_weight, frequencies, eps), out, scratch)
+
+
+def _attend_few(
+    q: torch.Tensor,
+    keys: GpuCache,
+    values: GpuCache,
+    positions: torch.Tensor,
+    new: tuple,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """`new`: what `_attend_split` takes of a token that is not in the cache yet."""
+    n_tokens, n_head, d = q.shape
     n_ctx, n_kv_head, _ = keys.codes.shape
-    width = max(16, triton.next_power_of_2(d))
+    splits, group, width = split_count(n_ctx), n_head // n_kv_head, _width(d)
+    slots, warps, stages = SPLIT[keys.format]
     planes = (keys.codes, keys.scales, values.codes, values.scales, positions)
     sizes = (n_tokens, n_head, n_kv_head, score_scale(d), d, width)
-    if n_tokens > FEW:
-        rows, slots, warps, stages = MANY[keys.format]
-        grid = (triton.cdiv(n_tokens, rows), n_head)
-        _attend_many[grid](q, *planes, out, *sizes, rows, slots, num_warps=warps, num_stages=stages)
-        return
-    assert scratch is not None
-    splits, group = split_count(n_ctx), n_head // n_kv_head
-    slots, warps, stages = SPLIT[keys.format]
-    rows = split_rows(n_tokens, group)
-    grid = (n_kv_head, splits)
-    _attend_split[grid](q, *planes, scratch, *sizes, group, rows, slots, splits, num_warps=warps, num_stages=stages)
+    cut = (group, split_rows(n_tokens, group), slots, splits)
+    _attend_split[(n_kv_head, splits)](q, *planes, *new, scratch, *sizes, *cut, num_warps=warps, num_stages=stages)
     _join[(n_tokens, n_head)](scratch, positions, out, n_tokens, n_head, d, width, slots, splits, num_warps=4)
+
+
+def _width(d_head: int) -> int:
+    """Columns of a tile: a tensor core takes 16 at least."""
+    return max(16, triton.next_power_of_2(d_head))
 
 
 def split_rows(n_tokens: int, group: int) -> int:
@@ -219,8 +284,11 @@ def static_cases() -> Iterator[Case]:
         signature = planes | {"queries": "*fp32", "positions": "*i32", "n_tokens": "i32", "n_head": "i32"}
         signature |= {"n_kv_head": "i32", "scale": "fp32"}
         yield _many_case(fmt, signature | {"out": "*fp32"}, missing)
+        signature |= {"sums": "*fp32", "eps": "fp32"}
         for n_tokens in (1, 8):
-            yield _split_case(fmt, n_tokens, signature | {"sums": "*fp32"}, missing)
+            absent = dict.fromkeys(STEP)
+            yield _split_case("kv_attention_split", fmt, n_tokens, signature, missing | absent)
+        yield _split_case("step_attention", fmt, 1, signature | dict.fromkeys(STEP, "*fp32"), missing)
     signature = {"sums": "*fp32", "positions": "*i32", "out": "*fp32", "n_tokens": "i32", "n_head": "i32"}
     config = {"SLOTS": SPLIT[F16][0], "SPLITS": MAX_SPLITS}
     yield Case("kv_attention_join", "F32", config, _join, signature, {"D": 128, "D_PAD": 128} | config, 4, 1)
@@ -234,9 +302,9 @@ def _many_case(fmt: Format, signature: dict[str, str], missing: dict[str, None])
     return Case("kv_attention_many", fmt.name, config, _attend_many, signature, constants, warps, stages, read)
 
 
-def _split_case(fmt: Format, n_tokens: int, signature: dict[str, str], missing: dict[str, None]) -> Case:
+def _split_case(name: str, fmt: Format, n_tokens: int, signature: dict[str, str], missing: dict[str, None]) -> Case:
     slots, warps, stages = SPLIT[fmt]
     config = {"GROUP": 4, "ROWS": split_rows(n_tokens, 4), "SLOTS": slots, "SPLITS": MAX_SPLITS}
     constants = {"D": 128, "D_PAD": 128} | config | missing
     read = ("keys", "values")
-    return Case("kv_attention_split", fmt.name, config, _attend_split, signature, constants, warps, stages, read)
+    return Case(name, fmt.name, config, _attend_split, signature, constants, warps, stages, read)
