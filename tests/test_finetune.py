@@ -15,12 +15,13 @@ from auricle.engine.audio import AudioError
 from auricle.engine.mel import log_mel
 from auricle.engine.prompts import build_prompt
 from auricle.tools.conversations import ConversationError, Turn
+from auricle.tools.finetune import model as model_module
 from auricle.tools.finetune.batches import IGNORED, Row, collate, count_audio_tokens
 from auricle.tools.finetune.conversations import Conversations, ConversationSource, lay_out
 from auricle.tools.finetune.folder import FolderError, read_codec, read_gguf_weights, read_model
 from auricle.tools.finetune.greedy import count_errors
 from auricle.tools.finetune.loader import given, load
-from auricle.tools.finetune.model import Trainee, to_tensors
+from auricle.tools.finetune.model import Inside, Trainee, to_tensors
 from auricle.tools.finetune.passes import RMSNorm, Rotate
 from auricle.tools.oracle.model import load_oracle
 from auricle.tools.sample import SampleShape
@@ -112,6 +113,36 @@ def test_what_is_told_of_audio_tokens_is_learnt_where_it_is_known(folders) -> No
     )
     assert first is not None
     assert last is None
+
+
+def test_where_answers_look_is_measured(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two branches of a row and another row, against the attention of that layer worked out token by token."""
+    folder = folders(SHAPE)
+    codec, trainee = read_codec(folder), Trainee(read_model(folder)).eval()
+    rows = [Row(codec), Row(codec)]
+    for row, n_frames, answers in ((rows[0], 40, ("one", "two")), (rows[1], 90, ("one",))):
+        row.clip(random_mel(n_frames))
+        for at, answer in enumerate(answers):
+            row.branch()
+            row.text("What?")
+            n_tokens = len(codec.tokenizer.encode(answer))
+            row.answer(answer, aims=[1 + at, IGNORED, 3, 4][:n_tokens])
+    batch = to_tensors(collate(rows))
+    seen, inside = [], Inside()
+    attend = model_module.attend
+    monkeypatch.setattr(model_module, "attend", lambda q, k, v, blocks: seen.append((q, k)) or attend(q, k, v, blocks))
+    with torch.no_grad():
+        trainee.decode(batch, *trainee.encode(batch), inside=inside)
+    q, k = seen[-len(trainee.model.language_model.layers) :][len(trainee.model.language_model.layers) // 2]
+    expected = []
+    for at in (batch.aims != IGNORED).nonzero()[:, 0].tolist():
+        before = (batch.rows[: at + 1] == batch.rows[at]) & (
+            (batch.branches[: at + 1] == 0) | (batch.branches[: at + 1] == batch.branches[at])
+        )
+        scores = (k[: at + 1, 0] @ q[at, 0] * q.shape[-1] ** -0.5).masked_fill(~before, -torch.inf)
+        expected.append(scores.log_softmax(0)[batch.audio_rows[: at + 1] == batch.aims[at]])
+    assert len(expected) >= 3
+    torch.testing.assert_close(inside.looks, torch.cat(expected))
 
 
 def test_derivatives_that_are_written_out() -> None:

@@ -16,7 +16,7 @@ from auricle.tools.finetune import demo, spectra
 from auricle.tools.finetune.batches import IGNORED
 from auricle.tools.finetune.curves import draw_curves, read_curves
 from auricle.tools.finetune.digits import PROMPTS, WORDS, tasks
-from auricle.tools.finetune.digits.grid import N_PLACES, N_SOUNDS, on_grid, places_of, sounds_of
+from auricle.tools.finetune.digits.grid import N_PLACES, N_SOUNDS, aims_of, on_grid, places_of, sounds_of
 from auricle.tools.finetune.folder import read_codec, write_weights
 from auricle.tools.finetune.shape import demo_config, demo_merges, split_words, write_demo_files
 from auricle.tools.oracle.model import MossAudio
@@ -117,6 +117,21 @@ def test_places_and_times_go_by_audio_tokens() -> None:
     starts = places[:, :3] @ [1000, 100, 20]  # ms
     np.testing.assert_array_equal(starts, np.arange(150) * 80)
     assert np.flatnonzero(np.diff(places[:, 3])).tolist() == [3, 130]
+
+
+def test_answers_are_aimed_at_the_words(files: Path) -> None:
+    encode = read_codec(files).tokenizer.encode
+    example = tasks.ask("timestamps", np.zeros(192_000, np.float32), ["one"] * 2, [(0.31, 0.33), (10.5, 11.97)])
+
+    def aims(task: str) -> list[int]:
+        asked = on_grid(example).asked(task)
+        return aims_of(asked, [token_id == encode("[")[0] for token_id in encode(asked.answer)], 150)
+
+    # [0.32] and the word, [0.40], [10.48] and the word, and the end of the clip, where no token is.
+    assert aims("timestamps") == [4] * 7 + [5] * 6 + [131] * 8 + [-1] * 7
+    assert aims("transcribe") == [4, 131]
+    assert (aims("count"), aims("last")) == ([131], [131])
+    assert aims_of(tasks.ask("last", example.samples), [False], 150) == [-1]
 
 
 @needs_shared

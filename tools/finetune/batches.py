@@ -60,6 +60,7 @@ class Row:
     audio: list[int] = field(default_factory=list)  # row in the concatenated clips, -1 for text
     labels: list[int] = field(default_factory=list)  # the id to follow, or IGNORED
     weights: list[float] = field(default_factory=list)  # of the labels in the loss
+    aims: list[int] = field(default_factory=list)  # row in the concatenated clips where a label is decided, or IGNORED
     positions: list[int] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)  # 0 for what all branches share
     spans: list[tuple[int, int]] = field(default_factory=list)  # of the clips in `ids`
@@ -94,14 +95,18 @@ class Row:
             self._n_audio += 1
         self.mels.append(mel)
 
-    def answer(self, text: str, weight: float = 1.0) -> None:
-        """What the model shall say here, and the token that ends it."""
+    def answer(self, text: str, weight: float = 1.0, aims: Sequence[int] = ()) -> None:
+        """What the model shall say here, and the token that ends it. `aims`: for each token of the text the row of the
+        clips where the model shall look for it, or IGNORED."""
         assert self.ids, "an answer needs something before it"
         answer = [*self.codec.tokenizer.encode(text), self.codec.end_id]
         first = len(self.ids) - 1
         self._append(answer)
         self.labels[first:-1] = answer
         self.weights[first:-1] = [weight] * len(answer)
+        if aims:
+            self.aims[first:-1] = [*aims, IGNORED]
+            assert len(self.aims) == len(self.ids), f"{len(aims)=} {len(answer)=}"
 
     def branch(self) -> None:
         """From here on nothing of an earlier branch is seen, and positions go on from the shared part."""
@@ -120,7 +125,7 @@ class Row:
         self.mels = self.mels[: sum(end <= kept for _, end in self.spans)]
         n_kept = sum(count_audio_tokens(mel.shape[1], self.codec.window) for mel in self.mels)
         del self.sounds[n_kept:], self.places[n_kept:]
-        for part in (self.ids, self.audio, self.labels, self.weights, self.positions, self.branches):
+        for part in (self.ids, self.audio, self.labels, self.weights, self.aims, self.positions, self.branches):
             del part[kept:]
         if kept < self._position and self.labels:
             self.labels[-1], self.weights[-1] = IGNORED, 0.0  # what it announces is gone
@@ -146,6 +151,7 @@ class Row:
         self.audio += [-1] * n
         self.labels += [IGNORED] * n
         self.weights += [0.0] * n
+        self.aims += [IGNORED] * n
         self.positions += range(self._position, self._position + n)
         self.branches += [self._branch] * n
         self._position += n
@@ -167,6 +173,7 @@ class Batch:
     branches: np.ndarray  # [n_tokens] int64
     labels: np.ndarray  # [n_tokens] int64
     weights: np.ndarray  # [n_tokens] float32
+    aims: np.ndarray  # [n_tokens] int64, row of the encoder's output where a label is decided, or IGNORED
     sounds: np.ndarray  # [n_audio] int64, class of each row of the encoder's output
     places: np.ndarray  # [n_audio, n_kinds] int64, classes of the same rows in the decoder, IGNORED where not known
 
@@ -174,12 +181,13 @@ class Batch:
 def collate(rows: Sequence[Row]) -> Batch:
     """One batch of rows, with the clips of all of them in order."""
     window = rows[0].codec.window
-    windows, n_padded, sounds, places, audio_rows = [], [], [], [], []
+    windows, n_padded, sounds, places, audio_rows, aims = [], [], [], [], [], []
     for row in rows:
         first = len(sounds)
         sounds += row.sounds
         places += row.places
         audio_rows += [first + at if at >= 0 else -1 for at in row.audio]
+        aims += [first + at if at != IGNORED else IGNORED for at in row.aims]
         pieces = [mel[:, at : at + window] for mel in row.mels for at in range(0, mel.shape[1], window)]
         longest = max((piece.shape[1] for piece in pieces), default=0)  # of the request, as at inference
         windows += pieces
@@ -197,6 +205,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         branches=_int64(_chain(row.branches for row in rows)),
         labels=_int64(_chain(row.labels for row in rows)),
         weights=np.array(_chain(row.weights for row in rows), np.float32),
+        aims=_int64(aims),
         sounds=_int64(sounds),
         places=_fill(places),
     )

@@ -19,6 +19,7 @@ COLUMNS = (
     "loss",
     "sounds",
     "places",
+    "aims",
     "gradient",
     "validation_loss",
     "validation_wer",
@@ -88,7 +89,10 @@ def draw_curves(path: Path) -> Path | None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True)
     rows = read_curves(path)
-    drawn = {losses: ("loss", "sounds", "places", "validation_loss"), rates: ("validation_wer", "synthetic_wer")}
+    drawn = {
+        losses: ("loss", "sounds", "places", "aims", "validation_loss"),
+        rates: ("validation_wer", "synthetic_wer"),
+    }
     for axes, names in drawn.items():
         for name in names:
             points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]

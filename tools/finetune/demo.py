@@ -23,7 +23,7 @@ from ..oracle.model import MossAudio
 from . import spectra
 from .batches import Batch, Codec, Row, collate, count_audio_tokens
 from .digits import MAX_WORDS, PROMPTS, Digits, Example
-from .digits.grid import N_PLACES, N_SOUNDS, on_grid, places_of, sounds_of
+from .digits.grid import N_PLACES, N_SOUNDS, aims_of, on_grid, places_of, sounds_of
 from .folder import read_codec, read_gguf_weights, write_weights
 from .greedy import continue_greedily, count_errors
 from .loader import load
@@ -48,11 +48,14 @@ def make_row(codec: Codec, mel: np.ndarray, examples: list[Example], answered: b
     row.text(BEFORE_AUDIO)
     sounds = sounds_of(examples[0], count_audio_tokens(mel.shape[1], codec.window))
     row.clip(mel, sounds, places_of(sounds))
+    (bracket,) = codec.tokenizer.encode("[")
     for example in examples:
         row.branch()
         row.text(AFTER_AUDIO.format(prompt=example.prompt))
         if answered:
-            row.answer(example.answer, TIMESTAMPS_WEIGHT if example.prompt == PROMPTS["timestamps"] else 1.0)
+            opens = [token_id == bracket for token_id in codec.tokenizer.encode(example.answer)]
+            weight = TIMESTAMPS_WEIGHT if example.prompt == PROMPTS["timestamps"] else 1.0
+            row.answer(example.answer, weight, aims_of(example, opens, len(sounds)))
     return row
 
 

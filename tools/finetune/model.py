@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -35,17 +35,28 @@ class Tensors(NamedTuple):
     branches: Tensor
     labels: Tensor
     weights: Tensor
+    aims: Tensor
     sounds: Tensor
     places: Tensor
 
 
 class Losses(NamedTuple):
-    """Means over a batch: of the answers' tokens (weighted), of what is heard in each audio token, and of where it
-    stands."""
+    """Means over a batch: of the answers' tokens (weighted), of what is heard in each audio token, of where it stands,
+    and of where one head looks for what an answer says."""
 
     answer: Tensor
     sounds: Tensor
     places: Tensor
+    aims: Tensor
+
+
+@dataclass
+class Inside:
+    """What is looked at inside the decoder: of half of its layers what they make of the audio tokens [n_audio,
+    d_model]; of the next layer's first head the log of the attention that it pays where a token is aimed [n_aimed]."""
+
+    halfway: Tensor | None = None
+    looks: Tensor | None = None
 
 
 def to_tensors(batch: Batch, device: str | torch.device = "cpu") -> Tensors:
@@ -149,12 +160,13 @@ class Trainee(nn.Module):
     def forward(self, batch: Tensors) -> Losses:
         encoded, taps = self.encode(batch)
         learnt = (batch.labels != IGNORED).nonzero()[:, 0]
-        halfway: list[Tensor] = []
-        hidden = self.decode(batch, encoded, taps, learnt, halfway)
+        inside = Inside()
+        hidden = self.decode(batch, encoded, taps, learnt, inside)
         loss = F.cross_entropy(self.model.lm_head(hidden), batch.labels[learnt], reduction="none")
         weights = batch.weights[learnt]
         answer = (loss * weights).sum() / weights.sum().clamp(min=1e-6)
-        return Losses(answer, self._tell_sounds(encoded, batch.sounds), self._tell_places(halfway, batch.places))
+        aims = answer.new_zeros(()) if inside.looks is None else -inside.looks.mean()
+        return Losses(answer, self._tell_sounds(encoded, batch.sounds), self._tell_places(inside, batch.places), aims)
 
     def encode(self, batch: Tensors) -> tuple[Tensor, list[Tensor]]:
         """The encoder's output and one tensor a tap, each [n_audio, d_out]."""
@@ -182,12 +194,10 @@ class Trainee(nn.Module):
         encoded: Tensor,
         taps: list[Tensor],
         wanted: Tensor | None = None,
-        halfway: list[Tensor] | None = None,
+        inside: Inside | None = None,
     ) -> Tensor:
-        """The final norm's rows of the `wanted` tokens (ascending; by default all), [n_wanted, d_model].
-
-        `halfway` gets what half of the layers make of the audio tokens, [n_audio, d_model].
-        """
+        """The final norm's rows of the `wanted` tokens (ascending; by default all), [n_wanted, d_model]; fills
+        `inside`."""
         model, llm = self.model, self.model.language_model
         at = (batch.audio_rows >= 0).nonzero()[:, 0]
         order = batch.audio_rows[at]
@@ -198,16 +208,18 @@ class Trainee(nn.Module):
             additions = [merge(tap)[order] for merge, tap in zip(model.deepstack_audio_merger_list, taps, strict=False)]
         rotation = _rotation(batch.positions, llm.config)
         blocks = make_blocks(batch.rows, batch.branches)
-        last = len(llm.layers) - 1
+        last, half = len(llm.layers) - 1, len(llm.layers) // 2
         for n, layer in enumerate(llm.layers):
+            if inside is not None and n == half < last:
+                audio = at[order.argsort()]  # the place of each row of the encoder's output
+                inside.halfway = x[audio]
+                inside.looks = _look(layer, x, rotation, batch, audio)
             # Of the last layer only what is asked for: the other tokens are keys and values there.
             asking = wanted if n == last else None
             blocks = make_blocks(batch.rows, batch.branches, asking) if asking is not None else blocks
             x = self._maybe_checkpoint(_run_decoder_layer, layer, x, blocks, rotation, asking, self._drop)
             if n < len(additions):
                 x = _inject(x, at, additions[n], asking)
-            if halfway is not None and n == len(llm.layers) // 2 - 1:
-                halfway.append(x[at[order.argsort()]])
         return _norm(llm.norm, x)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -224,11 +236,11 @@ class Trainee(nn.Module):
             return encoded.new_zeros(())
         return F.cross_entropy(self.sound_head(encoded), sounds, ignore_index=IGNORED)
 
-    def _tell_places(self, halfway: list[Tensor], places: Tensor) -> Tensor:
+    def _tell_places(self, inside: Inside, places: Tensor) -> Tensor:
         known = (places != IGNORED).any(dim=1)
-        if self.place_head is None or not halfway or not known.any():
+        if self.place_head is None or inside.halfway is None or not known.any():
             return self.model.lm_head.weight.new_zeros(())
-        x = halfway[0][known]
+        x = inside.halfway[known]
         told = self.place_head(F.rms_norm(x, x.shape[1:])).split(self.n_places, dim=1)
         losses = [F.cross_entropy(x, y) for x, y in zip(told, places[known].unbind(1), strict=True)]
         return torch.stack(losses).mean()
@@ -299,6 +311,27 @@ def _run_decoder_layer(
     q = Rotate.apply(_norm(attention.q_norm, attention.q_proj(h).unflatten(-1, (-1, d_head))), *rotation)
     x = x + drop(attention.o_proj(attend(q, k, v, blocks)))
     return x + drop(layer.mlp(_norm(layer.post_attention_layernorm, x)))
+
+
+def _look(layer: nn.Module, x: Tensor, rotation: tuple[Tensor, Tensor], batch: Tensors, audio: Tensor) -> Tensor | None:
+    """Log of the share of its attention that each aimed token's first head gives to its aim, [n_aimed]."""
+    aimed = (batch.aims != IGNORED).nonzero()[:, 0]
+    if not len(aimed):
+        return None
+    attention, d_head = layer.self_attn, layer.self_attn.head_dim
+    h = _norm(layer.input_layernorm, x)
+    q, k = F.linear(h[aimed], attention.q_proj.weight[:d_head]), F.linear(h, attention.k_proj.weight[:d_head])
+    k = Rotate.apply(_norm(attention.k_norm, k)[:, None], *rotation)
+    q = Rotate.apply(_norm(attention.q_norm, q)[:, None], rotation[0][aimed], rotation[1][aimed])
+    columns, logs = batch.columns[audio[batch.aims[aimed]]], []
+    for block in make_blocks(batch.rows, batch.branches, aimed):
+        n_rows, _, n_queries, n_keys = block.mask.shape
+        queries = _spread(q[block.asking], block.asking_at, n_rows, n_queries)
+        keys = _spread(k[block.asked], block.asked_at, n_rows, n_keys)
+        scores = (queries @ keys.transpose(2, 3) * d_head**-0.5).masked_fill(~block.mask, -math.inf)
+        shares = scores.log_softmax(-1).flatten(0, 2)[block.asking_at]  # [n_asking, n_keys]
+        logs.append(shares.gather(1, columns[block.asking, None]))
+    return torch.cat(logs)[:, 0]
 
 
 def _inject(x: Tensor, at: Tensor, addition: Tensor, asking: Tensor | None) -> Tensor:

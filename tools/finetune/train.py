@@ -41,6 +41,7 @@ class Settings:
     clip: float = 1.0  # of the gradient's norm; 0: none
     sound_weight: float = 1.0
     place_weight: float = 1.0
+    aim_weight: float = 0.5
     accumulate: int = 1  # batches a step
     save_minutes: float = 5.0
     validate_steps: int = 1000
@@ -152,16 +153,17 @@ class Run:
 
     def _update(self, batches: Sequence[Batch], rate: float) -> dict[str, float]:
         """One step of the optimiser; returns the mean losses and the gradient's size before clipping."""
-        told = {"loss": 0.0, "sounds": 0.0, "places": 0.0}
+        told = dict.fromkeys(("loss", "sounds", "places", "aims"), 0.0)
         weights = [float(batch.weights.sum()) for batch in batches]
         for batch, weight in zip(batches, weights, strict=True):
             losses = self.trainee(to_tensors(batch, self.trainee.device))
             share, part = weight / max(sum(weights), 1e-6), 1 / len(batches)
             besides = self.settings.sound_weight * losses.sounds + self.settings.place_weight * losses.places
+            besides = besides + self.settings.aim_weight * losses.aims
             total = share * losses.answer + part * besides
             if total.requires_grad:  # not of a batch without audio when only the encoder trains
                 total.backward()
-            for name, weight, loss in zip(told, (share, part, part), losses, strict=True):
+            for name, weight, loss in zip(told, (share, part, part, part), losses, strict=True):
                 told[name] += weight * float(loss.detach())
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
         size = float(nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf))

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from .compose import MAX_SECONDS, MAX_WORDS
 from .recordings import WORDS
-from .tasks import Example
+from .tasks import PROMPTS, Example
 
 TOKEN_MS = 80
 N_SOUNDS = 1 + 2 * len(WORDS)
@@ -43,6 +43,24 @@ def places_of(sounds: Sequence[int]) -> list[tuple[int, ...]]:
         seconds, rest = divmod(at * TOKEN_MS, 1000)
         places.append((seconds, rest // 100, rest % 100 // 20, n_words))
     return places
+
+
+def aims_of(example: Example, opens: Sequence[bool], n_tokens: int) -> list[int]:
+    """The audio token where each token of the answer is decided, or -1: the start or end of a word, which a time tells;
+    the start of the word that is written; the start of the last word for the other questions.
+
+    `opens`: which tokens of the answer open a stamp. A transcript has a token a word.
+    """
+    ends = [_nearest(time) for span in on_grid(example).times for time in span]
+    if not ends:
+        return [-1] * len(opens)
+    if example.prompt == PROMPTS["timestamps"]:
+        which = [n - 1 for n in accumulate(opens)]
+    elif example.prompt == PROMPTS["transcribe"]:
+        which = list(range(0, len(ends), 2))
+    else:
+        which = [len(ends) - 2] * len(opens)
+    return [ends[n] if ends[n] < n_tokens else -1 for n in which]
 
 
 def _nearest(seconds: float) -> int:
