@@ -123,7 +123,9 @@ def plot(rows: list[Row], path: Path) -> None:
             ax.plot(sizes, errors, marker, label=label, mfc="none" if weighed else None)
             for r, x, y in zip(chosen, sizes, errors, strict=True):
                 if not weighed:
-                    ax.annotate(r["name"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+                    ax.annotate(
+                        r["name"], (x, y), xytext=(3, 3), textcoords="offset points", fontsize="x-small", rotation=50
+                    )
         title = "speakers heard in training" if speakers == "heard" else "a speaker never heard"
         ax.set(title=title, xlabel="MB", ylabel="digit errors, %", xscale="log")
         ax.margins(0.12)

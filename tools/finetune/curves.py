@@ -96,7 +96,7 @@ def draw_curves(path: Path) -> Path | None:
     for axes, names in drawn.items():
         for name in names:
             points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            if points:
+            if points and (axes is rates or any(value for _, value in points)):  # what is not learnt is 0 throughout
                 axes.plot(
                     *zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) < 40 else ""
                 )
