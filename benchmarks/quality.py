@@ -129,7 +129,7 @@ def plot(rows: list[Row], path: Path) -> None:
         title = "speakers heard in training" if speakers == "heard" else "a speaker never heard"
         ax.set(title=title, xlabel="MB", ylabel="digit errors, %", xscale="log")
         ax.margins(0.12)
-        ax.set_ylim(0, None)
+        ax.set_ylim(0, 1.2 * ax.get_ylim()[1])  # room for the names
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("{x:g}")
         ax.tick_params(axis="x", which="both", labelsize="small")
