@@ -38,6 +38,35 @@ STEP = ("new_keys", "new_values", "q_weight", "k_weight", "frequencies")  # oper
 
 
 @triton.jit
+def _attend_slots(
+    q,
+    planes,
+    kv_head,
+    n_kv_head,
+    position,
+    first,
+    end,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Attention of q [ROWS, D_PAD] at positions [ROWS] to the slots of a KV head from `first` to before `end`: peak,
+    total and mixed values. `planes`: keys, their scales, values, their scales."""
+    keys, keys_scales, values, values_scales = planes
+    peak = tl.full((ROWS,), HIDDEN, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, D_PAD), tl.float32)
+    for start in range(first, end, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        written = slot < end
+        k = load_rows(keys, keys_scales, slot * n_kv_head + kv_head, written, D, D_PAD)
+        v = load_rows(values, values_scales, slot * n_kv_head + kv_head, written, D, D_PAD)
+        peak, total, mixed = attend_tile(q, k, v, slot[None, :] <= position[:, None], peak, total, mixed)
+    return peak, total, mixed
+
+
+@triton.jit
 def _attend_many(
     queries,
     keys,
@@ -65,17 +94,9 @@ def _attend_many(
     row = token * n_head + head
     q = load_rows(queries, None, row, inside, D, D_PAD) * scale
     q = q.to(tl.float32 if keys.dtype.element_ty == tl.float32 else tl.float16)
-
-    peak = tl.full((ROWS,), HIDDEN, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, D_PAD), tl.float32)
     n_slots = tl.max(position, 0) + 1
-    for start in range(0, n_slots, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        written = slot < n_slots
-        k = load_rows(keys, keys_scales, slot * n_kv_head + kv_head, written, D, D_PAD)
-        v = load_rows(values, values_scales, slot * n_kv_head + kv_head, written, D, D_PAD)
-        peak, total, mixed = attend_tile(q, k, v, slot[None, :] <= position[:, None], peak, total, mixed)
+    planes = (keys, keys_scales, values, values_scales)
+    _, total, mixed = _attend_slots(q, planes, kv_head, n_kv_head, position, 0, n_slots, D, D_PAD, ROWS, SLOTS)
 
     column = tl.arange(0, D_PAD)
     mask = inside[:, None] & (column < D)[None, :]
@@ -88,6 +109,20 @@ def _share(split, n_slots, SLOTS: tl.constexpr, SPLITS: tl.constexpr):
     steps = tl.cdiv(tl.cdiv(n_slots, SLOTS), SPLITS)
     first = split * steps * SLOTS
     return first, tl.minimum(first + steps * SLOTS, n_slots)
+
+
+@triton.jit
+def _write_row(new_keys, new_values, planes, turn, kv_head, n_kv_head, slot, D: tl.constexpr, D_PAD: tl.constexpr):
+    """One head's new key, normalised and turned, and its value to a slot of the cache. `turn`: the norm's weight and
+    eps, cosine and sine."""
+    keys, keys_scales, values, values_scales = planes
+    weight, eps, cosine, sine = turn
+    head = kv_head + tl.arange(0, 1)
+    row, wanted = slot * n_kv_head + head, head >= 0
+    k = turn_rows(new_keys, weight, cosine, sine, head, wanted, eps, D, D_PAD)
+    store_rows(keys, keys_scales, row, wanted, k, D, D_PAD)
+    v = load_rows(new_values, None, head, wanted, D, D_PAD)
+    store_rows(values, values_scales, row, wanted, v, D, D_PAD)
 
 
 @triton.jit
@@ -131,30 +166,18 @@ def _attend_split(
     inside = token < n_tokens
     position = tl.load(positions + token, mask=inside, other=-1)
     row = token * n_head + kv_head * GROUP + member
+    planes = (keys, keys_scales, values, values_scales)
     if new_keys is not None:
         cosine, sine = find_turn(frequencies, n_slots - 1, D, D_PAD)
         if end == n_slots:
-            head = kv_head + tl.arange(0, 1)
-            slot, wanted = (n_slots - 1) * n_kv_head + head, head >= 0
-            k = turn_rows(new_keys, k_weight, cosine, sine, head, wanted, eps, D, D_PAD)
-            store_rows(keys, keys_scales, slot, wanted, k, D, D_PAD)
-            v = load_rows(new_values, None, head, wanted, D, D_PAD)
-            store_rows(values, values_scales, slot, wanted, v, D, D_PAD)
+            turn = (k_weight, eps, cosine, sine)
+            _write_row(new_keys, new_values, planes, turn, kv_head, n_kv_head, n_slots - 1, D, D_PAD)
             tl.debug_barrier()  # the threads of this program see what was stored
         q = turn_rows(queries, q_weight, cosine, sine, row, inside, eps, D, D_PAD) * scale
     else:
         q = load_rows(queries, None, row, inside, D, D_PAD) * scale
     q = q.to(tl.float32 if keys.dtype.element_ty == tl.float32 else tl.float16)
-
-    peak = tl.full((ROWS,), HIDDEN, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, D_PAD), tl.float32)
-    for start in range(first, end, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        written = slot < end
-        k = load_rows(keys, keys_scales, slot * n_kv_head + kv_head, written, D, D_PAD)
-        v = load_rows(values, values_scales, slot * n_kv_head + kv_head, written, D, D_PAD)
-        peak, total, mixed = attend_tile(q, k, v, slot[None, :] <= position[:, None], peak, total, mixed)
+    peak, total, mixed = _attend_slots(q, planes, kv_head, n_kv_head, position, first, end, D, D_PAD, ROWS, SLOTS)
 
     column = tl.arange(0, D_PAD)
     at = sums + (row * SPLITS + split) * (D + 2)
