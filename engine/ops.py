@@ -291,24 +291,10 @@ def norm_rope_store(
 
 
 @partial(_fused, changes={1: 5, 2: 6})
-def norm_rope_attention(
-    g: Graph,
-    q: Value,
-    k: Value,
-    v: Value,
-    q_weight: Value,
-    k_weight: Value,
-    k_cache: Value,
-    v_cache: Value,
-    positions: Value,
-    *,
-    eps: float,
-    theta: float,
-) -> tuple[Value, Value, Value]:
-    """The same and attention: (its result, and the caches)."""
-    operands = (q, k, v, q_weight, k_weight, k_cache, v_cache, positions)
+def norm_rope_attention(g: Graph, *operands: Value, eps: float, theta: float) -> tuple[Value, Value, Value]:
+    """Of the operands of `norm_rope_store`, that and attention: (its result, and the caches)."""
     q, k_cache, v_cache = g.norm_rope_store(*operands, eps=eps, theta=theta)
-    return g.kv_attention(q, k_cache, v_cache, positions), k_cache, v_cache
+    return g.kv_attention(q, k_cache, v_cache, operands[-1]), k_cache, v_cache
 
 
 @_fused

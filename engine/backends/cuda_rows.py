@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ def bind_kv_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor
     return lambda: kv_attention.kv_attention(q, keys.planes, values.planes, positions, outputs[0], work)
 
 
-def kv_attention_bytes(node: Node) -> int:
-    q, keys = node.inputs[:2]
+def kv_attention_bytes(node: Node, keys_at: int = 1) -> int:
+    """`keys_at`: which operand the cache of keys is."""
+    q, keys = node.inputs[0], node.inputs[keys_at]
     n_tokens, n_head, d_head = q.shape
     return kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d_head, keys.shape[0])
 
@@ -77,11 +78,6 @@ def bind_norm_rope_attention(node: Node, inputs: Bound, outputs: Bound, scratch:
     turns, eps = frequencies(q.shape[-1], node.attrs["theta"], q.device), node.attrs["eps"]
     rest = (keys.planes, values.planes, positions, outputs[0], scratch.view(torch.float32))
     return lambda: kv_attention.step_attention(q, k, v, q_weight, k_weight, eps, turns, *rest)
-
-
-def norm_rope_attention_bytes(node: Node) -> int:
-    n_tokens, n_head, d_head = node.inputs[0].shape
-    return kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d_head, node.inputs[5].shape[0])
 
 
 def bind_window_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
@@ -104,6 +100,6 @@ KERNELS = {
     "norm_rope_store": Kernel(bind_norm_rope_store),
     "kv_store": Kernel(bind_kv_store),
     "kv_attention": Kernel(bind_kv_attention, kv_attention_bytes),
-    "norm_rope_attention": Kernel(bind_norm_rope_attention, norm_rope_attention_bytes),
+    "norm_rope_attention": Kernel(bind_norm_rope_attention, partial(kv_attention_bytes, keys_at=5)),
     "window_attention": Kernel(bind_window_attention),
 }
