@@ -3,8 +3,9 @@
     python benchmarks/agreement.py FSDD_FOLDER
 
 Sequences of test recordings, by speakers heard in training and by the one who was not, are transcribed without and with
-times: by the engine from an F32 file, and by the oracle, transformers' layers put together, from a checkpoint folder
-with the same weights, prompt and spectrogram. Writes agreement.json into --out; needs the extra oracle.
+times: by the engine from an F32 file with an F32 cache (the default, F16, rounds by more than parts some tokens), and
+by the oracle, transformers' layers put together, from a checkpoint folder with these weights, prompt and spectrogram.
+Writes agreement.json into --out; needs the extra oracle.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         oracle = load_oracle(write_checkpoint(Path(folder) / "checkpoint", a.model))
         exact = quantise(a.model, Path(folder) / "f32.gguf", "f32")
-        with load(exact, backend="cpu", n_ctx=N_CTX) as model:
+        with load(exact, backend="cpu", n_ctx=N_CTX, kv_type="f32") as model:
             for row in compare_all(model, oracle, a):
                 rows.append(row)
                 margins = f"; margins of the others: {row['margins']}" if row["margins"] else ""

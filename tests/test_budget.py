@@ -25,8 +25,8 @@ from auricle.convert.source import ConversionError
 from auricle.engine.gguf import open_gguf
 from auricle.engine.sampling import OptionError
 from auricle.kernels.formats import BY_NAME, F16, Q3_K, Q4_1, Q4_K, Q8_0, Format
-from auricle.tools.cli.conversion import parse_size
 from auricle.tools.cli.main import run
+from auricle.tools.cli.options import parse_size
 from auricle.tools.sample import SampleShape
 from checkpoints import build_f32, change_tensors, copy_checkpoint
 

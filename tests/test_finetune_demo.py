@@ -94,6 +94,21 @@ def test_a_warp_moves_resonances_and_masks_hide_little() -> None:
     assert max(shares) < 0.5
 
 
+def test_dynamics_change_between_the_loudest_frame_and_the_floor() -> None:
+    samples = synthetic(1.0, 16_000)
+    samples[8000:12_000] *= np.float32(0.01)
+    samples[12_000:] = 0
+    mel = log_mel(samples)
+    for factor in (0.8, 1.5):
+        changed = spectra.expand(mel, factor)
+        weaker = (mel - changed).max(axis=0)
+        assert weaker[mel.max(axis=0).argmax()] == pytest.approx(0, abs=1e-6)
+        assert np.sign(factor - 1) * weaker[55:70].mean() > 0.1, "frames 40 dB down"
+        assert changed.min() >= mel.max() - 2 - 1e-6
+        assert changed.dtype == np.float32
+    np.testing.assert_array_equal(spectra.expand(mel, 1.0), mel)
+
+
 def test_a_row_of_several_questions(files: Path) -> None:
     codec = read_codec(files)
     example = tasks.ask("transcribe", np.zeros(16_000, np.float32), ["four", "two"], [(0.1, 0.4), (0.5, 0.9)])

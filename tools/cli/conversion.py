@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +13,7 @@ from rich.markup import escape
 from ...convert.recipes import DEFAULT, ENCODER_FLOOR, RECIPES
 from ...engine.sampling import OptionError
 from .app import app
-from .options import ModelFile, format_bytes, with_settings
+from .options import ModelFile, format_bytes, parse_size, with_settings
 from .tables import format_shape, print_sizes, print_table, show_progress
 
 if TYPE_CHECKING:
@@ -171,21 +169,6 @@ def _find_budget(
     from ...convert.recipes import find_type
 
     return Budget(parse_size(target_size), read_report(sensitivity), find_type(floor) if floor else ENCODER_FLOOR)
-
-
-SIZE_UNITS = {"": 1, "b": 1, "bytes": 1} | {
-    f"{prefix}{end}": base**power
-    for power, prefix in enumerate(("k", "m", "g"), 1)
-    for end, base in (("b", 1000), ("ib", 1024))
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "2.6GiB", "800 MB", "123456" or "123456 bytes", rounded down. Raises OptionError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower().replace("_", ""))
-    if not found or found[2] not in SIZE_UNITS or Decimal(found[1]) <= 0:
-        raise OptionError(f"{text!r} is no size; write 2.6GiB, 800MB or a number of bytes")
-    return int(Decimal(found[1]) * SIZE_UNITS[found[2]])
 
 
 def _carry_out(plan: ConversionPlan, out: Path, settings: ConversionSettings) -> None:

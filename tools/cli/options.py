@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,7 +115,7 @@ class OpenSettings:
             threads=self.threads,
             n_ctx=self.ctx,
             kv_type=self.kv_type,
-            memory=None if self.memory is None else parse_bytes(self.memory),
+            memory=None if self.memory is None else parse_size(self.memory),
             lora=self.lora or (),
         )
 
@@ -202,16 +203,19 @@ def parse_duration(text: str) -> float:
     return float(plain[1]) * _UNITS[plain[2]]
 
 
-_SIZES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZES = {"": 1, "b": 1, "bytes": 1} | {
+    f"{prefix}{end}": base**power
+    for power, prefix in enumerate(("k", "m", "g"), 1)
+    for end, base in (("b", 1000), ("ib", 1024))
+}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "4GiB", "900MiB", "4GB". Raises OptionError."""
-    plain = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w+)", text.strip())
-    unit = next((n for name, n in _SIZES.items() if plain and name.lower() == plain[2].lower()), None)
-    if unit is None or float(plain[1]) <= 0:
-        raise OptionError(f"{text!r} is no amount of memory; write 4GiB or 900MiB")
-    return round(float(plain[1]) * unit)
+def parse_size(text: str) -> int:
+    """Bytes of "2.6GiB", "800 MB", "123456" or "123456 bytes", rounded down. Raises OptionError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower().replace("_", ""))
+    if not found or found[2] not in _SIZES or Decimal(found[1]) <= 0:
+        raise OptionError(f"{text!r} is no size; write 2.6GiB, 800MB or a number of bytes")
+    return int(Decimal(found[1]) * _SIZES[found[2]])
 
 
 def format_bytes(n: int) -> str:

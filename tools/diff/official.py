@@ -69,7 +69,10 @@ class Official:
             if not ended:
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip().splitlines() or ["nothing was said"]
-                raise DiffError(f"the official code stopped: {said[-1].strip()} (run with {self._python})")
+                raise DiffError(
+                    f"the official code stopped: {said[-1].strip()} (run with {self._python}; if that lacks what "
+                    f"{self._paths[0]} requires, name another with --official-python)"
+                )
 
     def _read(self, pipe: BinaryIO, emit: Emit) -> bool:
         """Passes stages on; whether the last line came."""

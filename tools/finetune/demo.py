@@ -89,6 +89,8 @@ class DigitSource:
             if rng.random() < 0.4:
                 mel = spectra.warp_frequency(mel, np.exp(rng.uniform(np.log(0.88), np.log(1.14))))
             if rng.random() < 0.5:
+                mel = spectra.expand(mel, np.exp(rng.uniform(np.log(0.8), np.log(1.8))))
+            if rng.random() < 0.5:
                 mel = spectra.mask(mel, rng)
         asked = [task for task, share in _SHARES.items() if rng.random() < share]
         example = on_grid(example)

@@ -11,28 +11,24 @@ from typing import Any
 
 from torch import nn
 
-from ...kernels.errors import AuricleError
+from .train import TrainingError
 
 DECODER = r"language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 ENCODER = r"audio_encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)"
 ADAPTERS = r"(audio_adapter|deepstack_audio_merger_list\.\d+)\.(gate_proj|up_proj|down_proj)"
 
 
-class LoraError(AuricleError):
-    """Adapters cannot be put in or written."""
-
-
 def add_lora(model: nn.Module, rank: int, alpha: float, *, on_encoder: bool = False, on_adapters: bool = False) -> Any:
     """Puts adapters into `model`, in place; only they train. Returns peft's model around it, which writes them.
 
-    Raises LoraError without peft and for a rank below 1.
+    Raises TrainingError without peft and for a rank below 1.
     """
     if rank < 1:
-        raise LoraError(f"--lora-rank {rank}: must be 1 or more")
+        raise TrainingError(f"--lora-rank {rank}: must be 1 or more")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise LoraError("LoRA needs peft: pip install 'auricle[finetune]'") from None
+        raise TrainingError("LoRA needs peft: pip install 'auricle[finetune]'") from None
     targets = [DECODER, *([ENCODER] if on_encoder else []), *([ADAPTERS] if on_adapters else [])]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="|".join(targets), bias="none")
     return get_peft_model(model, config)
@@ -44,4 +40,4 @@ def write_lora(wrapped: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         wrapped.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     except OSError as error:
-        raise LoraError(f"can't write {folder}: {error.strerror or error}") from None
+        raise TrainingError(f"can't write {folder}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Changes of a log-mel that make more voices and conditions of one: SpecAugment's masks, and a warp of frequency.
+"""Changes of a log-mel that make more voices and conditions of one: masks, a warp of frequency, other dynamics.
 
 Park et al., SpecAugment, 2019; Jaitly and Hinton, Vocal tract length perturbation, 2013. And the log-mel itself in
 float32, faster than the engine's, from which it differs by rounding. Knows no files and no words.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ...engine.mel import HOP, N_FFT, hann_window, mel_filters, normalize_log_mel
+from ...engine.mel import DYNAMIC_RANGE, HOP, N_FFT, hann_window, mel_filters, normalize_log_mel
 
 
 class LogMel:
@@ -38,6 +38,15 @@ def warp_frequency(mel: np.ndarray, factor: float) -> np.ndarray:
     low = np.minimum(at.astype(int), len(hertz) - 2)
     share = (at - low).astype(np.float32)[:, None]
     return mel[low] * (1 - share) + mel[low + 1] * share
+
+
+def expand(mel: np.ndarray, factor: float) -> np.ndarray:
+    """A log-mel [n_mels, n_frames] whose quieter frames lie `factor` times as far below the loudest, as of an
+    expander, or below 1 a compressor: vowels with weaker fricatives. No band falls below the floor of a log-mel.
+    """
+    loudest = mel.max(axis=0)
+    below = loudest.max() - loudest
+    return np.maximum(mel - np.float32(factor - 1) * below, mel.max() - np.float32(DYNAMIC_RANGE / 4))
 
 
 def mask(mel: np.ndarray, rng: np.random.Generator, n_bands: int = 18, n_frames: int = 12) -> np.ndarray:

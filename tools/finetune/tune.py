@@ -72,7 +72,7 @@ def finetune(task: Task) -> Path:
     """Trains and writes `output_dir`: a checkpoint folder, or the folder of a LoRA adapter; curves and a checkpoint to
     resume from beside it. Returns it.
 
-    Raises TaskError, FolderError, ConversationError, AudioError, LoraError or TrainingError.
+    Raises TaskError, FolderError, ConversationError, AudioError or TrainingError.
     """
     check(task)
     torch.manual_seed(task.seed)

@@ -27,6 +27,7 @@ _INDICES = {"train": range(10, 1000), "validation": range(5, 10), "test": range(
 SPLITS = (*_INDICES, "unheard")
 
 _WINDOW, _HOP = SAMPLE_RATE // 50, SAMPLE_RATE // 200  # 20 ms of energy, every 5 ms
+_CLOSURE = 30  # such steps of 5 ms without sound, the longest inside a word
 _KEPT = SAMPLE_RATE // 100  # 10 ms left around the word
 _FADE = SAMPLE_RATE // 333  # 3 ms
 
@@ -88,23 +89,45 @@ def read_16k(path: Path) -> np.ndarray:
 def trim(samples: np.ndarray) -> np.ndarray:
     """The word without the silence around it: 10 ms are left at each end and faded over 3 ms.
 
-    A moment belongs to the word when its energy, smoothed over 20 ms, is within 35 dB of the peak and above the noise
-    floor, the quieter end of the recording, by 6 dB; a floor above -34 dB is taken for speech, since many recordings
-    are cut at the word already.
+    A moment belongs to the word when its energy, smoothed over 20 ms, stands out; or that of its treble, if it is not
+    as even as noise is: the fricatives of "six" may be 40 dB below its vowel, and 28 in the treble. What stands apart
+    from the loudest moment by more than the closure of a "t" or "k" is a click.
     """
-    level = energy_db(samples)
-    level -= level.max()
-    floor = min(level[:3].mean(), level[-3:].mean())
-    threshold = max(-35.0, floor + 6) if floor < -34 else -35.0
-    inside = np.flatnonzero(level > threshold)
+    level, treble = relative_db(samples), relative_db(emphasise(samples))
+    hisses = stands_out(treble) & (treble > np.percentile(treble, 2) + 3)
+    inside = np.flatnonzero(stands_out(level) | hisses)
+    parts = np.split(inside, np.flatnonzero(np.diff(inside) > _CLOSURE) + 1)
+    inside = next(part for part in parts if level.argmax() <= part[-1])
+    n_frames = len(level)
     # The energy of frame i is that of samples [i hop, i hop + window): the word starts late in its first frame.
     start = max(int(inside[0]) * _HOP + _WINDOW - _HOP - _KEPT, 0) if inside[0] else 0
-    end = len(samples) if inside[-1] == len(level) - 1 else int(inside[-1]) * _HOP + _HOP + _KEPT
+    end = len(samples) if inside[-1] == n_frames - 1 else int(inside[-1]) * _HOP + _HOP + _KEPT
     word = samples[start:end].copy()
     ramp = np.linspace(0, 1, _FADE, dtype=np.float32)
     word[:_FADE] *= ramp
     word[-_FADE:] *= ramp[::-1]
     return word
+
+
+def stands_out(level: np.ndarray) -> np.ndarray:
+    """Where a level in dB below its peak, [n_frames], is within 35 dB of it and above the noise floor by 6 dB.
+
+    The floor is the quieter end of the recording; one above -34 dB is taken for speech, since many recordings are cut
+    at the word already.
+    """
+    floor = min(level[:3].mean(), level[-3:].mean())
+    return level > (max(-35.0, floor + 6) if floor < -34 else -35.0)
+
+
+def emphasise(samples: np.ndarray) -> np.ndarray:
+    """Treble raised by 6 dB an octave, as linear prediction has it: x[n] - 0.95 x[n - 1]."""
+    return np.append(samples[:1], samples[1:] - np.float32(0.95) * samples[:-1])
+
+
+def relative_db(samples: np.ndarray) -> np.ndarray:
+    """`energy_db` below its peak: [n_frames]."""
+    level = energy_db(samples)
+    return level - level.max()
 
 
 def energy_db(samples: np.ndarray) -> np.ndarray:
