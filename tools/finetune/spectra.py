@@ -45,8 +45,8 @@ def expand(mel: np.ndarray, factor: float) -> np.ndarray:
     expander, or below 1 a compressor: vowels with weaker fricatives. No band falls below the floor of a log-mel.
     """
     loudest = mel.max(axis=0)
-    below = loudest.max() - loudest
-    return np.maximum(mel - np.float32(factor - 1) * below, mel.max() - np.float32(DYNAMIC_RANGE / 4))
+    peak = loudest.max()
+    return np.maximum(mel - np.float32(factor - 1) * (peak - loudest), peak - np.float32(DYNAMIC_RANGE / 4))
 
 
 def mask(mel: np.ndarray, rng: np.random.Generator, n_bands: int = 18, n_frames: int = 12) -> np.ndarray:

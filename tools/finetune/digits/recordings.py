@@ -98,10 +98,9 @@ def trim(samples: np.ndarray) -> np.ndarray:
     inside = np.flatnonzero(stands_out(level) | hisses)
     parts = np.split(inside, np.flatnonzero(np.diff(inside) > _CLOSURE) + 1)
     inside = next(part for part in parts if level.argmax() <= part[-1])
-    n_frames = len(level)
     # The energy of frame i is that of samples [i hop, i hop + window): the word starts late in its first frame.
     start = max(int(inside[0]) * _HOP + _WINDOW - _HOP - _KEPT, 0) if inside[0] else 0
-    end = len(samples) if inside[-1] == n_frames - 1 else int(inside[-1]) * _HOP + _HOP + _KEPT
+    end = len(samples) if inside[-1] == len(level) - 1 else int(inside[-1]) * _HOP + _HOP + _KEPT
     word = samples[start:end].copy()
     ramp = np.linspace(0, 1, _FADE, dtype=np.float32)
     word[:_FADE] *= ramp
