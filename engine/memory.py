@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .gguf import GGUFFile
 
 FAULT_BYTES = 64 << 10  # what the kernel maps around a row that is read by number
+KEPT_BYTES = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks go back to the system when they are freed
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,27 @@ def plan_request(
         drafts = request_drafts(config, backend, request)
     if backend.device.separate:
         return plan_card(file, config, backend, kv_format, request, encoder, drafts)
-    # What libraries free after encoding, the C allocator may keep while the decoder's libraries ask for more.
-    libraries = [max(d.plan.transient_bytes for d in group) for group in drafts.values()]
-    return MemoryPlan(
-        weights=read_weights(file, config, request.n_distinct + request.n_new, with_audio=bool(request.clip_frames)),
+    weights = read_weights(file, config, request.n_distinct + request.n_new, with_audio=bool(request.clip_frames))
+    plan = MemoryPlan(
+        weights=weights,
         kv_cache=filled_bytes(config, backend, kv_format, request),
         arena=max(d.plan.arena_bytes for group in drafts.values() for d in group),
-        libraries=sum(libraries),
+        libraries=0,
         audio=audio_bytes(config, request),
     )
+    return replace(plan, libraries=library_bytes(plan, drafts))
+
+
+def library_bytes(plan: MemoryPlan, drafts: Drafts) -> int:
+    """What libraries add to the peak of `plan`, in a process that hears first and then writes.
+
+    While it hears, neither the decoder's weights nor the cache have been touched. Of what libraries free then, the C
+    allocator gives large blocks back, and may keep the rest while the decoder's libraries ask for more.
+    """
+    of_phase = {phase: max(d.plan.transient_bytes for d in group) for phase, group in drafts.items()}
+    hearing, writing = of_phase.get("encoder", 0), of_phase["decoder"]
+    untouched = plan.kv_cache + sum(n for part, n in plan.weights.items() if phase_of_part(part) == "decoder")
+    return max(hearing - untouched, writing + min(hearing, KEPT_BYTES))
 
 
 def plan_card(

@@ -190,9 +190,11 @@ def products(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def instructions(compiled: object) -> np.ndarray:
-    """The names of all instructions and registers in the machine code of a kernel."""
+    """The names of all instructions and registers in the machine code of a kernel, without what says how an
+    instruction is encoded: `{vex} vpdpbusd` is a vpdpbusd."""
     text = "\n".join(compiled.inspect_asm().values())
-    return np.array(sorted({*re.findall(r"^\t([a-z]\w+)", text, re.M), *re.findall(r"%([xyz]mm)", text)}))
+    names = re.findall(r"^\t(?:\{\w+\}\s+)*([a-z]\w+)", text, re.M)
+    return np.array(sorted({*names, *re.findall(r"%([xyz]mm)", text)}))
 
 
 def main() -> None:

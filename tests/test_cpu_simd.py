@@ -20,6 +20,9 @@ from auricle.kernels.cpu.isa import SimdError, find_level, levels_of
 from auricle.kernels.dequantize import dequantize
 from auricle.kernels.formats import Q4_K, Q8_0
 from auricle.kernels.quantize import quantize
+from auricle.tools.demo import FOLDER
+from auricle.tools.demo.recordings import SEQUENCES
+from auricle.tools.finetune.digits import WORDS
 
 HERE = Path(__file__).parent
 POSSIBLE = levels_of(*isa.processor())
@@ -65,6 +68,12 @@ def make_inputs() -> dict[str, np.ndarray]:
 GIVEN = make_inputs()
 
 
+def environment_of(level: str, cache: Path) -> dict[str, str]:
+    """For a process that takes this processor for one of that level. `cache`: where it keeps compiled kernels."""
+    settings = {"AURICLE_SIMD": level, "AURICLE_CACHE": str(cache / "cache"), "NUMBA_NUM_THREADS": "1"}
+    return {**os.environ, **settings, **(NARROWED.get(level, {}) if IS_X86 else {})}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
     """What the probe makes of the inputs at each level that can run here, two at a time."""
@@ -73,10 +82,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.
 
     def run(level: str) -> dict[str, np.ndarray]:
         out = folder / f"{level}.npz"
-        settings = {"AURICLE_SIMD": level, "AURICLE_CACHE": str(folder / "cache"), "NUMBA_NUM_THREADS": "1"}
-        environment = {**os.environ, **settings, **(NARROWED.get(level, {}) if IS_X86 else {})}
         command = [sys.executable, HERE / "simd_probe.py", folder / "inputs.npz", out]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment_of(level, folder), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return dict(np.load(out))
 
@@ -212,6 +219,17 @@ def test_each_level_uses_its_instructions(made: dict[str, np.ndarray]) -> None:
     if level == "generic":
         assert "xmm" in used
         assert "ymm" not in used
+
+
+def test_a_model_at_another_level(tmp_path: Path) -> None:
+    """The best level that this processor has besides its own hears the same words."""
+    if len(POSSIBLE) == 1:
+        pytest.skip("this processor has one level only")
+    command = [sys.executable, "-m", "auricle.tools", "transcribe", FOLDER / "george.flac", "-m", "demo"]
+    environment = environment_of(POSSIBLE[1], tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    spoken = next(s.digits for s in SEQUENCES if s.name == "george")
+    assert done.stdout.split() == [WORDS[int(digit)] for digit in spoken], done.stderr
 
 
 def test_each_level_has_a_cache_of_its_own(results: dict[str, dict[str, np.ndarray]]) -> None:

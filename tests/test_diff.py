@@ -338,11 +338,11 @@ def test_errors_that_tensors_add(files: dict[str, Path]) -> None:
 
 
 def auricle(*arguments: object) -> tuple[int, str]:
-    """Status and output of the command, its errors as the program tells them."""
+    """Status and standard output of the command; its errors as the program tells them."""
     result = CliRunner().invoke(app, ["diff", *map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         return complain(result.exception), str(result.exception)
-    return result.exit_code, result.output
+    return result.exit_code, result.stdout
 
 
 def test_the_command_passes(files: dict[str, Path]) -> None:

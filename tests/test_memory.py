@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import soundfile
 
 from auricle.convert.hf import convert, plan_conversion
-from auricle.engine import AuricleError, load
+from auricle.engine import AuricleError, load, memory
 from auricle.engine.memory import peak_bytes
 from auricle.engine.models.moss_audio import PART_NAMES, part_of
 from auricle.tools.sample import SampleShape, write_checkpoint
@@ -77,13 +78,25 @@ def test_ten_minutes_of_audio(tmp_path: Path) -> None:
 def test_parts_cover_the_file(model: Path) -> None:
     with load(model) as opened:
         assert {part_of(name) for name in opened.file.tensors} == set(PART_NAMES)
-        memory = opened.plan([SECONDS])
+        planned = opened.plan([SECONDS])
         stored = sum(t.nbytes for t in opened.file.tensors.values())
         read_in_part = sum(t.nbytes for t in opened.file.tensors.values() if part_of(t.name) == "embedding")
-    assert sum(memory.weights.values()) - memory.weights["embedding"] == stored - read_in_part
-    assert (
-        memory.total == sum(memory.weights.values()) + memory.kv_cache + memory.arena + memory.libraries + memory.audio
-    )
+    assert sum(planned.weights.values()) - planned.weights["embedding"] == stored - read_in_part
+    parts = (planned.kv_cache, planned.arena, planned.libraries, planned.audio)
+    assert planned.total == sum(planned.weights.values()) + sum(parts)
+
+
+def test_what_libraries_free_after_encoding_is_not_counted_beside_the_decoder(model: Path) -> None:
+    """The convolutions' work space is gone when the decoder's weights and the cache are there."""
+    with load(model, backend="cpu") as opened:
+        backend = replace(opened.backend, window_batch=8)
+        request = memory.Request((100 * SECONDS,), n_prompt=900, n_distinct=20, n_new=4)
+        drafts = memory.request_drafts(opened.config, backend, request)
+        planned = memory.plan_request(opened.file, opened.config, backend, opened.kv_format, request)
+    hearing, writing = (max(d.plan.transient_bytes for d in drafts[phase]) for phase in ("encoder", "decoder"))
+    late = planned.kv_cache + sum(planned.weights[part] for part in ("decoder", "head", "embedding", "other"))
+    assert memory.KEPT_BYTES < hearing < late
+    assert planned.libraries == writing + memory.KEPT_BYTES
 
 
 def test_nothing_runs_and_little_is_read(model: Path) -> None:

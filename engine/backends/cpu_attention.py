@@ -80,9 +80,9 @@ def head_floats(n_ctx: int, n_kv_head: int, d: int) -> int:
 
 def n_scores(node: Node) -> int:
     """The most scores that are there at a time."""
-    q, k = node.inputs[:2]
-    row = q.shape[1] // k.shape[1] * k.shape[0]
-    return min(q.shape[0] * q.shape[1] * k.shape[0], max(row, SCORE_BYTES // 4))
+    (n_tokens, n_head, _), (n_ctx, n_kv_head, _) = (x.shape for x in node.inputs[:2])
+    one_token = n_head // n_kv_head * n_ctx  # of one head of the cache
+    return min(min(n_tokens, BLOCK_TOKENS) * n_head * n_ctx, max(one_token, SCORE_BYTES // 4))
 
 
 def block_scratch(node: Node) -> int:
