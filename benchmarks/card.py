@@ -1,4 +1,4 @@
-"""Is this engine right and fast on my card? One command, on any machine with an NVIDIA GPU, that proves and measures it.
+"""Is this engine right and fast on my card? One command, on any machine with an NVIDIA GPU, proves and measures it.
 
     python benchmarks/card.py --out DIR                       # about 8 minutes; --minutes says how long at most
     python benchmarks/card.py --out DIR --stages kernels      # some stages only; --skip leaves some out
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -67,6 +68,7 @@ class Run:
     start: float = field(default_factory=time.monotonic)
     document: dict[str, Any] = field(default_factory=dict)
     beside: list[Worker] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.document |= {"benchmark": "card", "minutes": self.minutes, "rehearsal": self.rehearse, "stages": {}}
@@ -93,7 +95,8 @@ class Run:
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1" if stage in ("cases", "pytest", "tune-check") else "4",
         }
-        return Worker(name, command, self.work / "logs", step_s, environment)
+        self.workers.append(Worker(name, command, self.work / "logs", step_s, environment))
+        return self.workers[-1]
 
     def model(self, recipe: str) -> Path:
         return self.work / f"{recipe}.gguf"
@@ -252,8 +255,8 @@ def run_all(run: Run) -> None:
         if name not in ("facts", "cases") and run.beside:
             wait_beside(run, time.monotonic() + max(0.0, min(run.left(), 0.2 * 60 * run.minutes)))
         run_stage(run, name)
-    for worker in run.beside:
-        worker.stop("the run has ended")
+    if run.beside:
+        wait_beside(run, time.monotonic())
     if plot_roofline(run.document, run.out / "roofline.png"):
         print(f"plot: {run.out / 'roofline.png'}", flush=True)
     run.document["seconds"] = round(time.monotonic() - run.start, 1)
@@ -308,10 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = a.work or pick_work(a.out)
     work.mkdir(parents=True, exist_ok=True)
     run = Run(a.out, work.absolute(), a.minutes, a.stages, find_golden(a.golden), a.rehearse)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_all(run)
     finally:
-        for worker in run.beside:
+        for worker in run.workers:
             worker.stop("the run has ended")
         if a.work is None:
             shutil.rmtree(work, ignore_errors=True)

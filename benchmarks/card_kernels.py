@@ -1,4 +1,4 @@
-"""Linear maps as the engine runs them: with the norm before, the gate, the residual or the choice of the likeliest token.
+"""Linear maps as the engine runs them: with the norm before, the gate, the residual or the choice of a token.
 
 A product is a graph that the CUDA backend rewrites and binds, so what is timed is what a request launches, preparing
 kernels included. It is compared with PyTorch's float32 product of the decoded weights before it is timed. Weights
@@ -24,7 +24,7 @@ from auricle.engine.executor import Program, draft_graph
 from auricle.engine.graph import Graph
 from auricle.engine.weights import Weight
 from auricle.kernels.dequantize import dequantize
-from auricle.kernels.formats import BY_NAME, F32
+from auricle.kernels.formats import BY_NAME, F16, F32
 from auricle.kernels.gpu.tune import FEW
 from auricle.tools import synth
 from auricle.tools.synth import RandomWeights
@@ -296,10 +296,18 @@ def time_int4(gpu: Gpu, product: Product, n_tokens: int) -> float:
 def fact_steps(gpu: Gpu) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """What the machine is, and what its card does at best."""
     yield "environment", lambda: gpu.describe() | {"at": time.strftime("%Y-%m-%d %H:%M:%S")}
-    yield (
-        "ceilings",
-        lambda: {
-            "copy_bytes_per_s": gpu.copy_bytes_per_s(),
-            "matmul_flops_per_s": gpu.matmul_flops_per_s(),
-        },
-    )
+    yield "ceilings", lambda: ceilings(gpu)
+    yield "work", count_work
+
+
+def ceilings(gpu: Gpu) -> dict[str, Any]:
+    return {"copy_bytes_per_s": gpu.copy_bytes_per_s(), "matmul_flops_per_s": gpu.matmul_flops_per_s()}
+
+
+def count_work() -> dict[str, Any]:
+    """Bytes of weights and cache, and operations, of each part of a request by recipe."""
+    from roofline import measure_shape
+
+    keys = ("n_launches", "weight_bytes", "cache_bytes", "flops")
+    rows = [row for recipe in ("q4_k_all", "q4_k") for row in measure_shape("4b", recipe, F16)]
+    return {f"{row['recipe']}, {row['phase']}": {key: row[key] for key in keys} for row in rows}

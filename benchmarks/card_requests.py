@@ -1,4 +1,4 @@
-"""Whole requests on a card: clips, contexts, the encoder, what they take in memory, and the way from a start to a token.
+"""Whole requests on a card: clips, contexts, the encoder, their memory, and the way from a start to a first token.
 
 One process goes through the steps of one file, so that it is opened once; memory is measured by its first step, before
 anything else was. Knows the engine's interface and the stopwatch of `tools/bench.py`.
