@@ -8,8 +8,9 @@
 Needs neither network nor installation beyond torch, triton, numpy, safetensors and tokenizers (transformers for the
 stage that measures beside it, matplotlib for the plot). Stages run in processes of their own, the most valuable first;
 one that crashes, hangs or runs out of time loses what it was at, and nothing else. DIR gets `card.json` (all figures),
-`card.txt` (one page: each goal beside its figure), `roofline.png`, `logs.tar.gz` and the tuned table; document, page
-and logs are written anew after each stage. Ends with status 1 where a case is not green.
+`card.txt` (one page: each goal beside its figure), `roofline.png`, `logs.tar.gz`, the tuned table and `cache.tar.gz`
+(compiled kernels); document, page and logs are written anew after each stage. Ends with status 1 where a case is not
+green.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ STAGE_S = {  # seconds of each stage at most, of a run of FULL_MINUTES; shorter 
     "tune": 3600,
 }
 FULL_MINUTES = 8.0
+CACHES = Path(tempfile.gettempdir()) / "auricle-card-cache"  # of compiled kernels, which know the place they lie in
+KEPT_SUFFIXES = (".cubin", ".json", ".so", ".py")  # of them, in the archive that another run may begin with
 LEAST_S = 12  # a stage that would have less is not begun
 REPORT_S = 6  # kept for the plot and the archive
 SPARE_CORES = 3  # while cases run, for what is prepared beside them
@@ -72,7 +75,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.document |= {"benchmark": "card", "minutes": self.minutes, "rehearsal": self.rehearse, "stages": {}}
-        self.caches = self.work / "cache"
+        self.caches = CACHES
 
     def left(self) -> float:
         """Seconds until the report must be written."""
@@ -86,7 +89,8 @@ class Run:
         for key, value in more.items():
             command += [f"--{key}", value]
         command += ["--golden", self.golden] if self.golden else []
-        command += ["--rehearse"] if self.rehearse else []
+        if self.rehearse:
+            command, step_s = [*command, "--rehearse"], 10 * step_s
         environment = {
             "TRITON_CACHE_DIR": str(cache / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.caches / "inductor"),
@@ -124,12 +128,21 @@ def replace_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def archive(folder: Path, path: Path) -> None:
+def archive(folder: Path, path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """All files of a folder, or those with some suffixes."""
     part = path.with_suffix(".part")
-    with tarfile.open(part, "w:gz") as file:
-        if folder.is_dir():
-            file.add(folder, folder.name)
+    with tarfile.open(part, "w:gz", compresslevel=4) as file:
+        for item in sorted(folder.rglob("*")):
+            if item.is_file() and (not suffixes or item.suffix in suffixes or not item.suffix):
+                file.add(item, item.relative_to(folder.parent))
     part.replace(path)
+
+
+def unpack_cache(path: Path) -> None:
+    """Compiled kernels of another run to where they were."""
+    CACHES.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path) as file:
+        file.extractall(CACHES, filter="data")
 
 
 # Stages.
@@ -156,14 +169,23 @@ def run_facts(run: Run, deadline: float) -> None:
     found = {row["step"]: row for row in run.document["stages"]["facts"]["steps"]}
     if "environment" not in found or not found["environment"].get("ok"):
         print("the card does not answer; see logs.tar.gz", flush=True)
+        return
+    start_compiler(run)
 
 
 def start_beside(run: Run) -> None:
-    """What later stages need and takes processors rather than the card: model files, and what transformers compiles."""
+    """What later stages need and takes processors rather than the card: model files, and kernels for them."""
     if any(stage in run.stages for stage in ("requests", "profile", "cold", "peer")):
         run.beside += [run.worker(f"make-{r}", "make", 300, model=run.model(r), recipe=r) for r in RECIPES]
     for worker in run.beside:
         worker.start()
+
+
+def start_compiler(run: Run) -> None:
+    """What transformers compiles takes a minute and can be done beside the cases, where the card has room for both."""
+    if {"cases", "peer"} <= set(run.stages) and (free_bytes(run) > AMPLE_BYTES or run.rehearse):
+        run.beside.append(run.worker("compile-peer", "compile-peer", 300, model=run.model(RECIPES[0])))
+        run.beside[-1].start()
 
 
 def free_bytes(run: Run) -> int:
@@ -259,6 +281,8 @@ def run_all(run: Run) -> None:
         wait_beside(run, time.monotonic())
     if plot_roofline(run.document, run.out / "roofline.png"):
         print(f"plot: {run.out / 'roofline.png'}", flush=True)
+    if not run.rehearse and (CACHES / "triton").is_dir():
+        archive(CACHES / "triton", run.out / "cache.tar.gz", KEPT_SUFFIXES)
     run.document["seconds"] = round(time.monotonic() - run.start, 1)
     run.write()
     n = len([p for p in run.out.iterdir() if p.is_file()])
@@ -289,6 +313,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="stages to leave out")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="recordings as --pack makes them")
     parser.add_argument("--work", type=Path, metavar="DIR", help="for model files and caches; kept afterwards")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="the cache.tar.gz of another run, to compile less")
     parser.add_argument("--rehearse", action="store_true", help="every stage, tiny and interpreted, without a card")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="make the folder that --golden takes, and end")
     parser.add_argument("--source", type=Path, default=ROOT.parent / "shared", help="of --pack: the reference material")
@@ -311,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = a.work or pick_work(a.out)
     work.mkdir(parents=True, exist_ok=True)
     run = Run(a.out, work.absolute(), a.minutes, a.stages, find_golden(a.golden), a.rehearse)
+    if a.cache:
+        unpack_cache(a.cache)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_all(run)

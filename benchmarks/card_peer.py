@@ -7,6 +7,7 @@ recorded as a CUDA graph, and with that step compiled by `torch.compile` in the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from transformers import StaticCache
 
 STEPS = 32
 WARM_UPS = 4
+MOST_WAIT_S = 120
 SPARE = 56  # positions after the context
 
 
@@ -128,6 +130,19 @@ class Peer:
 
 
 def peer_steps(gpu: Gpu, path: Path, stage: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """`compile-peer` only fills the compiler's cache."""
+    """`compile-peer` fills the compiler's cache, as soon as the file is there."""
     peer = Peer(gpu, path)
-    yield from peer.eager() if stage == "peer" else peer.compiled()
+    if stage == "peer":
+        yield from peer.eager()
+        return
+    if stage == "compile-peer":
+        yield "wait", lambda: wait_for_file(path)
+    yield from peer.compiled()
+
+
+def wait_for_file(path: Path) -> dict[str, Any]:
+    """Files appear when they are whole."""
+    end = time.monotonic() + MOST_WAIT_S
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    return {"ok": path.exists()}

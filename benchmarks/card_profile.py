@@ -126,7 +126,9 @@ class Profiles:
 
                 return watched
 
-            return replace(kernel, bind=bind)
+            return replace(
+                kernel, bind=bind, transient=lambda node: max(1, kernel.transient(node))
+            )  # so never recorded
 
         kernels = {op: watch(kernel) for op, kernel in backend.kernels.items()}
         return replace(backend, kernels=kernels, bind_steps=None)

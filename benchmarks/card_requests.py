@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from card_device import Gpu
 
+from auricle.convert.hf import convert, plan_conversion
 from auricle.engine import Model
 from auricle.engine.answer import GenerateOptions
 from auricle.engine.gguf import open_gguf
 from auricle.engine.kv_cache import cache_bytes
 from auricle.engine.sampling import Sampler
 from auricle.tools.bench import CLIP_SECONDS, FIGURES, SAMPLE_RATE, Round, fill_cache, hear, make_speech, run_round
+from auricle.tools.sample import write_checkpoint
 from auricle.tools.synth import plan_synth, write_synth
 
 Step = tuple[str, Callable[[], dict[str, Any]]]
@@ -34,16 +36,20 @@ class Sizes:
     """Of a full run, and of a rehearsal."""
 
     def __init__(self, rehearsal: bool) -> None:
-        self.shape = "tiny" if rehearsal else "moss-audio-4b"
         self.clip_s, self.long_s = (0.4, 0.5) if rehearsal else (CLIP_SECONDS, 600.0)
         self.contexts = (20, 30) if rehearsal else (200, 8192)
         self.n_new, self.n_steps, self.rounds = (3, 2, 1) if rehearsal else (32, STEPS, ROUNDS)
 
 
 def make_file(path: Path, recipe: str, rehearsal: bool) -> dict[str, Any]:
-    """Writes the synthetic model file."""
+    """Writes the synthetic model file; of a rehearsal a model that an interpreter can run."""
     start = time.perf_counter()
-    write_synth(plan_synth(Sizes(rehearsal).shape, recipe), path)
+    if rehearsal:
+        from cuda_worker import SMALL
+
+        convert(plan_conversion(write_checkpoint(path.with_suffix(""), SMALL), "q8_0"), path)
+    else:
+        write_synth(plan_synth("moss-audio-4b", recipe), path)
     return {"bytes": path.stat().st_size, "write_s": time.perf_counter() - start}
 
 
