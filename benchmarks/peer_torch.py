@@ -103,7 +103,7 @@ class Reference:
         torch.set_num_threads(threads)
         torch.set_default_device(device)
         self.dtype, self.device = dtype, device
-        with load(path) as model:
+        with torch.device("cpu"), load(path, backend="reference") as model:
             self.config = model.config
             self.file = path
         self.oracle = Oracle(build_model(self.config, dtype))
@@ -117,7 +117,8 @@ class Reference:
     def _answer(self, n_new: int, clip_s: float) -> tuple[float, float]:
         """Seconds of the whole and of the encoder."""
         samples = np.resize(make_speech(CLIP_SECONDS), round(clip_s * SAMPLE_RATE))
-        with load(self.file) as model:  # for its tokens alone; opening it is not counted
+        # For its tokens alone; opening it is not counted.
+        with torch.device("cpu"), load(self.file, backend="reference") as model:
             start = time.perf_counter()
             heard, prompt = hear(model, samples, SAMPLE_RATE, n_new)
         last, clock = (f"deepstack.{self.config.n_inject - 1}" if self.config.n_inject else "adapter"), [self._wait()]

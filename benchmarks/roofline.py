@@ -9,11 +9,11 @@ cache take to be read once, nor than its multiplications take; floors are sums o
 apart: they may stay in a card's cache. Beside the floors stands what `end_to_end.py` measured on the same card, where
 it did. Prints the table; the last line is one JSON document.
 
-Bandwidth and dense tensor rates (FP16 or BF16 with FP32 sums) are NVIDIA's: A100 80GB SXM 2039 GB/s, 312 TFLOP/s and
-H200 SXM 4.8 TB/s, 989 TFLOP/s from their data sheets; RTX 4090 1008 GB/s, RTX 4060 Ti 288 GB/s and RTX 3060 360 GB/s
-from their specifications. Rates of the RTX cards are 512 FLOP a clock and multiprocessor, which the whitepapers on the
-GA102 and Ada architectures come to, times multiprocessors and boost clock: 128 at 2.52 GHz, 34 at 2.535 GHz and 28 at
-1.777 GHz.
+Bandwidth and dense tensor rates (FP16 or BF16 with FP32 sums) are NVIDIA's: A100 80GB SXM 2039 GB/s, 312 TFLOP/s, H100
+SXM 3.35 TB/s and H200 SXM 4.8 TB/s, both 989 TFLOP/s, from their data sheets; RTX 4090 1008 GB/s, RTX 4060 Ti 288 GB/s
+and RTX 3060 360 GB/s from their specifications. Rates of the RTX cards are 512 FLOP a clock and multiprocessor, which
+the whitepapers on the GA102 and Ada architectures come to, times multiprocessors and boost clock: 128 at 2.52 GHz, 34
+at 2.535 GHz and 28 at 1.777 GHz.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ CARDS = (
     Card("RTX 3060", 360e9, RTX_FLOPS * 28 * 1.777e9),
     Card("RTX 4090", 1008e9, RTX_FLOPS * 128 * 2.52e9),
     Card("A100 80GB", 2039e9, 312e12),
+    Card("H100", 3350e9, 989e12),
     Card("H200", 4800e9, 989e12),
 )
 

@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--card", action="store_true", help="the cases of GPU kernels run on this machine's GPU")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """PyTorch on one core, for as long as a module's tests run."""

@@ -1,7 +1,8 @@
 """Runs the CUDA backend on a stand-in for the card under Triton's interpreter and prints what came out, as JSON.
 
-A process of its own, since Triton decides once whether it interprets: `python cuda_worker.py ops|model FOLDER`.
-Products are cut into few, large tiles: an interpreted program takes long, whatever its size.
+A process of its own, since Triton decides once whether it interprets: `python cuda_worker.py ops|model FOLDER`; with
+`--card` it is this machine's GPU, and nothing is interpreted. On the stand-in products are cut into few, large tiles:
+an interpreted program takes long, whatever its size.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
+if "--card" not in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ from auricle.engine.session import Model
 from auricle.kernels.formats import F16, F32, Q4_K, Q8_0, Format
 from auricle.kernels.gpu.tune import Config
 from auricle.tools.sample import SampleShape, write_checkpoint
+from gpu_device import CARD
 from op_cases import CASES, Case, make_weight, materials
 from stand_in import StandIn
 
@@ -54,7 +59,7 @@ def cut(kernel: str, format_name: str, n_tokens: int, n_rows: int, n_cols: int) 
 
 
 def backend() -> Backend:
-    return make_backend(StandIn(), cut)
+    return find_backend("cuda") if CARD else make_backend(StandIn(), cut)
 
 
 # Ops.
@@ -86,17 +91,22 @@ def error_of(case: Case, chosen: Backend, fmt: Format = F32, kv_format: Format =
     return float(np.nan_to_num(max(errors), nan=np.inf))
 
 
-def run_ops() -> dict[str, Any]:
-    chosen = backend()
-    small = [c for c in CASES if sum(v.size for v in c.graph().leaves_of("weight")) <= MOST_NUMBERS]
-    errors = {c.name: error_of(c, chosen) for c in small}
+def op_checks(chosen: Backend) -> dict[str, Callable[[], float]]:
+    """The error of each case by its name."""
+    small = [c for c in CASES if CARD or sum(v.size for v in c.graph().leaves_of("weight")) <= MOST_NUMBERS]
+    checks = {c.name: partial(error_of, c, chosen) for c in small}
     for case in small:
         if case.name in OTHER_TYPES:
             for fmt in (F16, Q8_0, *([Q4_K] if case.fills(256) else [])):
-                errors[f"{case.name} {fmt}"] = error_of(case, chosen, fmt)
+                checks[f"{case.name} {fmt}"] = partial(error_of, case, chosen, fmt)
         if case.name == "kv_attention-1x8of2x32-after-40":
-            errors |= {f"{case.name} {fmt}": error_of(case, chosen, F32, fmt) for fmt in (F16, Q8_0)}
-    errors |= {f"head {fmt}": error_of(HEAD, chosen, fmt) for fmt in (F16, Q4_K)}
+            checks |= {f"{case.name} {fmt}": partial(error_of, case, chosen, F32, fmt) for fmt in (F16, Q8_0)}
+    return checks | {f"head {fmt}": partial(error_of, HEAD, chosen, fmt) for fmt in (F16, Q4_K)}
+
+
+def run_ops() -> dict[str, Any]:
+    chosen = backend()
+    errors = {name: check() for name, check in op_checks(chosen).items()}
     return {"errors": errors, "large": {n: large_channel(chosen, n) for n in (2, 9)}}
 
 

@@ -1,6 +1,7 @@
 """Cases of the linear kernels, run by Triton's interpreter in a process of their own: see test_gpu_linear.py.
 
     TRITON_INTERPRET=1 python tests/gpu_cases_linear.py
+    python tests/gpu_cases_linear.py --card          # on the GPU of this machine
 
 prints a line of JSON for each case: its name and its relative error (norm) against float64, or what went wrong.
 """
@@ -28,6 +29,7 @@ from auricle.kernels.gpu.matmul import decode_run
 from auricle.kernels.gpu.tiles import TILES, by_piece, by_row
 from auricle.kernels.gpu.tune import Config
 from auricle.kernels.gpu.weights import DeviceWeight, device_weight
+from gpu_device import DEVICE
 
 EPS = 1e-6
 CASES: dict[str, Callable[[], float]] = {}
@@ -66,23 +68,25 @@ def random_rows(rng: np.random.Generator, fmt: Format, n_rows: int, n_cols: int)
 def make(rng: np.random.Generator, fmt: Format, n_rows: int, n_cols: int) -> tuple[DeviceWeight, np.ndarray]:
     """A weight, and what it means in float64."""
     rows = random_rows(rng, fmt, n_rows, n_cols)
-    return device_weight(rows, fmt), dequantize(rows, fmt).astype(np.float64)
+    return device_weight(rows, fmt, DEVICE), dequantize(rows, fmt).astype(np.float64)
 
 
 def poisoned(*shape: int) -> torch.Tensor:
-    return torch.full(shape, math.nan)
+    return torch.full(shape, math.nan, device=DEVICE)
 
 
 def poisoned_scratch(n_tokens: int, n_cols: int) -> torch.Tensor:
-    return torch.full((scratch_bytes(n_tokens, n_cols),), 255, dtype=torch.uint8)  # NaN as f16 and as float32
+    return torch.full(
+        (scratch_bytes(n_tokens, n_cols),), 255, dtype=torch.uint8, device=DEVICE
+    )  # NaN as f16 and float32
 
 
 def tensor(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(x.astype(np.float32))
+    return torch.from_numpy(x.astype(np.float32)).to(DEVICE)
 
 
 def error(got: torch.Tensor, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(got.double().numpy() - wanted) / np.linalg.norm(wanted))
+    return float(np.linalg.norm(got.double().cpu().numpy() - wanted) / np.linalg.norm(wanted))
 
 
 def normed(x: np.ndarray, kind: str, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -165,13 +169,13 @@ def run_best(name: str, fmt: Format, n_tokens: int, n_rows: int, n_cols: int) ->
     x = rng.standard_normal((n_tokens, n_cols)).astype(np.float32)
     rows = random_rows(rng, fmt, n_rows, n_cols)
     rows[n_rows // 2 :] = rows[: n_rows - n_rows // 2]
-    weight = device_weight(rows, fmt)
+    weight = device_weight(rows, fmt, DEVICE)
     logits = x.astype(np.float64) @ dequantize(rows, fmt).astype(np.float64).T
     n = best_programs(weight, n_tokens, pick)
-    best = Best(poisoned(n, n_tokens), torch.full((n, n_tokens), -1, dtype=torch.int32))
+    best = Best(poisoned(n, n_tokens), torch.full((n, n_tokens), -1, dtype=torch.int32, device=DEVICE))
     linear(tensor(x), [weight], [None], [None], best=best, pick=pick)
     first = best.values.argmax(0)
-    found = best.indices[first, torch.arange(n_tokens)]
+    found = best.indices[first, torch.arange(n_tokens, device=DEVICE)]
     assert found.tolist() == logits[:, : n_rows // 2].argmax(1).tolist(), f"{found=}"
     return error(best.values.max(0).values, logits.max(1))
 
@@ -225,8 +229,8 @@ def run_decode(name: str, fmt: Format) -> float:
     weight, meaning = make(rng_of(name), fmt, rows, n_cols)
     out = poisoned(2, rows, n_cols)
     decode_tile[(1,)](weight.words, out, weight.tile.decode, weight.shape, rows, pieces)
-    assert np.array_equal(out[0].numpy(), meaning.astype(np.float32)), "float32 differs"
-    assert np.array_equal(out[1].numpy(), meaning.astype(np.float16).astype(np.float32)), "f16 differs"
+    assert np.array_equal(out[0].cpu().numpy(), meaning.astype(np.float32)), "float32 differs"
+    assert np.array_equal(out[1].cpu().numpy(), meaning.astype(np.float16).astype(np.float32)), "f16 differs"
     return 0.0
 
 
@@ -270,8 +274,9 @@ def add_cases() -> None:
 add_cases()
 
 if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--card"]
     for name, run in CASES.items():
-        if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):
+        if words and not any(word in name for word in words):
             continue
         start = time.perf_counter()
         try:

@@ -1,12 +1,13 @@
 """The GPU kernels between the matrices, interpreted on the CPU and compared with the reference backend.
 
-pytest collects this file only by name, in a process whose TRITON_INTERPRET is 1: `test_gpu_rows.py` does that. Whatever
-a kernel writes to, and every slot of a cache that nobody has written, is NaN before.
+pytest collects this file only by name, in a process whose TRITON_INTERPRET is 1: `test_gpu_rows.py` does that. On the
+GPU of a machine they run with `pytest --card tests/gpu_cases_rows.py`. Whatever a kernel writes to, and every slot of a
+cache that nobody has written, is NaN before.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auricle.engine.backends.reference import DEFINITIONS as REFERENCE
+from auricle.engine.backends.reference import DEFINITIONS
 from auricle.engine.kv_cache import CacheTensor
 from auricle.engine.weights import as_tensor
 from auricle.kernels.formats import BY_NAME, F16, F32, Q8_0, Format
@@ -22,34 +23,45 @@ from auricle.kernels.gpu import cache, kv_attention, norms, rope, rows, window_a
 from auricle.kernels.gpu.cache import GpuCache
 from auricle.kernels.gpu.weights import device_weight
 from auricle.kernels.quantize import quantize
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "these cases are interpreted: set TRITON_INTERPRET=1"
+from gpu_device import DEVICE, same
 
 HALF = 2e-3  # relative error (norm) where factors are rounded to float16
 EXACT = 2e-6  # and where all is float32
 TYPES = [F32, F16, Q8_0]
 
 
+def on_processor(define: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def call(*operands: object, **attributes: object) -> torch.Tensor:
+        return define(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in operands), **attributes)
+
+    return call
+
+
+REFERENCE = {name: on_processor(define) for name, define in DEFINITIONS.items()}
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)).to(DEVICE)
 
 
 def nans(*shape: int) -> torch.Tensor:
-    return torch.full(shape, torch.nan)
+    return torch.full(shape, torch.nan, device=DEVICE)
 
 
 def integers(values: object) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=torch.int32)
+    return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """The norm of the difference over that of what is wanted; NaN where anything is."""
+    got, wanted = got.cpu(), wanted.cpu()
     return ((got - wanted).double().norm() / wanted.double().norm()).item()
 
 
 def empty_cache(n_ctx: int, n_kv_head: int, d: int, fmt: Format) -> GpuCache:
     planes = [
-        torch.zeros(shape, dtype=getattr(torch, name)) for shape, name in cache.cache_planes(n_ctx, n_kv_head, d, fmt)
+        torch.zeros(shape, dtype=getattr(torch, name), device=DEVICE)
+        for shape, name in cache.cache_planes(n_ctx, n_kv_head, d, fmt)
     ]
     for plane in planes:
         plane.fill_(torch.nan if plane.is_floating_point() else 77)
@@ -59,19 +71,18 @@ def empty_cache(n_ctx: int, n_kv_head: int, d: int, fmt: Format) -> GpuCache:
 def split_blocks(kept: CacheTensor) -> GpuCache:
     """A cache of the reference as a GPU keeps it."""
     if kept.format is not Q8_0:
-        return GpuCache(kept.data)
+        return GpuCache(kept.data.to(DEVICE))
     blocks = kept.data.numpy().view(Q8_0.layout)
     codes = np.ascontiguousarray(blocks["qs"]).view(np.int8).reshape(kept.shape)
-    return GpuCache(
-        torch.from_numpy(codes), torch.from_numpy(np.ascontiguousarray(blocks["d"]).reshape(*kept.shape[:2], -1))
-    )
+    scales = np.ascontiguousarray(blocks["d"]).reshape(*kept.shape[:2], -1)
+    return GpuCache(*(torch.from_numpy(plane).to(DEVICE) for plane in (codes, scales)))
 
 
 def filled_cache(n_ctx: int, n_kv_head: int, d: int, fmt: Format, n: int, seed: int) -> CacheTensor:
     """n slots hold something; in the others every number, or every scale, is NaN."""
     kept = CacheTensor((n_ctx, n_kv_head, d), fmt)
     kept.data.view(torch.uint8).fill_(0xFF)
-    kept.write(torch.arange(n, dtype=torch.int32), random(n, n_kv_head, d, seed=seed))
+    kept.write(torch.arange(n, dtype=torch.int32), random(n, n_kv_head, d, seed=seed).cpu())
     return kept
 
 
@@ -104,7 +115,7 @@ def attend(n_tokens: int, start: int, n_head: int, n_kv_head: int, d: int, fmt: 
     """The kernel's result and the reference's, for tokens at start, start + 1 …"""
     q = 2 * random(n_tokens, n_head, d)
     keys, values = (filled_cache(n_ctx, n_kv_head, d, fmt, start + n_tokens, seed) for seed in (1, 2))
-    positions = torch.arange(start, start + n_tokens, dtype=torch.int32)
+    positions = integers(range(start, start + n_tokens))
     scratch = nans(kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d, n_ctx) // 4)
     out = nans(*q.shape)
     kv_attention.kv_attention(q, split_blocks(keys), split_blocks(values), positions, out, scratch)
@@ -173,13 +184,13 @@ def test_attention_gives_the_same_bits_again() -> None:
 def test_kv_store(n_kv_head: int, d: int, fmt: Format) -> None:
     x = random(3, n_kv_head, d)
     x[1, 0, :32] = 0
-    x[2, 0, :32] = torch.linspace(-127, 127, 32) / 2  # codes that end in a half
+    x[2, 0, :32] = torch.linspace(-127, 127, 32, device=DEVICE) / 2  # codes that end in a half
     x[0, -1, 5] = 40000
     positions, stored = integers([4, 5, 6]), empty_cache(9, n_kv_head, d, fmt)
     before = stored.codes.clone()
     cache.kv_store(x, positions, stored)
     kept = CacheTensor((9, n_kv_head, d), fmt)
-    kept.write(positions, x)
+    kept.write(positions.cpu(), x.cpu())
     wanted = split_blocks(kept)
     assert torch.equal(stored.codes[4:7], wanted.codes[4:7])
     assert stored.scales is None or torch.equal(stored.scales[4:7], wanted.scales[4:7])
@@ -204,15 +215,17 @@ def test_norms(n_rows: int, d: int) -> None:
     norms.add_rms_norm(x, b, weight, 1e-6, total, out)
     assert torch.equal(total, x + b)
     assert error(out, REFERENCE["rms_norm"]((x + b).double(), weight.double(), eps=1e-6)) < EXACT
-    other = torch.arange(d) != d // 2
-    assert error(out[:, other], REFERENCE["rms_norm"]((x + b).double(), weight.double(), eps=1e-6)[:, other]) < EXACT
+    other = torch.arange(d, device=DEVICE) != d // 2
+    assert (
+        error(out[:, other], REFERENCE["rms_norm"]((x + b).double(), weight.double(), eps=1e-6)[:, other.cpu()]) < EXACT
+    )
 
 
 @pytest.mark.parametrize(("n_head", "d"), [(4, 64), (3, 128), (10, 32), (2, 80)])
 def test_rope(n_head: int, d: int) -> None:
     positions = integers([0, 7, 40959])
     x, weight = random(3, n_head, d), random(d, seed=1)
-    frequencies = rope.rope_frequencies(d, 1e6)
+    frequencies = rope.rope_frequencies(d, 1e6).to(DEVICE)
     out = nans(*x.shape)
     rope.rope(x, frequencies, positions, out)
     assert error(out, REFERENCE["rope"](x, positions, theta=1e6)) < EXACT
@@ -231,7 +244,7 @@ def test_norm_rope_store(n_tokens: int, n_head: int, n_kv_head: int, d: int, fmt
         random(n_tokens, n_kv_head, d, seed=2),
     )
     q_weight, k_weight = random(d, seed=3), random(d, seed=4)
-    frequencies, positions = rope.rope_frequencies(d, 1e6), torch.arange(5, 5 + n_tokens, dtype=torch.int32)
+    frequencies, positions = rope.rope_frequencies(d, 1e6).to(DEVICE), integers(range(5, 5 + n_tokens))
     keys, values = (empty_cache(12, n_kv_head, d, fmt) for _ in range(2))
     out = nans(*q.shape)
     rope.norm_rope_store(q, k, v, q_weight, k_weight, 1e-6, frequencies, positions, out, keys, values)
@@ -261,7 +274,7 @@ def test_norm_rope_store(n_tokens: int, n_head: int, n_kv_head: int, d: int, fmt
 def test_step_attention(position: int, n_head: int, n_kv_head: int, d: int, n_ctx: int, fmt: Format) -> None:
     q, k, v = (random(1, heads, d, seed=seed) for seed, heads in enumerate((n_head, n_kv_head, n_kv_head)))
     q_weight, k_weight = 2 * random(d, seed=3), random(d, seed=4)
-    frequencies, positions = rope.rope_frequencies(d, 1e6), integers([position])
+    frequencies, positions = rope.rope_frequencies(d, 1e6).to(DEVICE), integers([position])
     results = []
     for together in (True, False):
         kept = [split_blocks(filled_cache(n_ctx, n_kv_head, d, fmt, position, seed)) for seed in (1, 2)]
@@ -286,9 +299,9 @@ def test_step_attention(position: int, n_head: int, n_kv_head: int, d: int, n_ct
 def test_get_rows(name: str) -> None:
     table = quantize(random(7, 768).numpy(), BY_NAME[name])
     ids, out = integers([6, -1, 3, 7]), nans(4, 768)
-    rows.get_rows(device_weight(table, BY_NAME[name]), ids, out)
+    rows.get_rows(device_weight(table, BY_NAME[name], DEVICE), ids, out)
     wanted = as_tensor(table, BY_NAME[name]).float()
-    assert torch.equal(out[[0, 2]], wanted[[6, 3]])
+    assert same(out[[0, 2]], wanted[[6, 3]])
     assert (out[[1, 3]] == 0).all()
 
 
@@ -298,7 +311,7 @@ def test_rows_by_index(d: int) -> None:
     for op in ("put_rows", "add_rows"):
         out = nans(5, d)
         getattr(rows, op)(x, some, index, out)
-        assert torch.equal(out, REFERENCE[op](x, some, index))
+        assert same(out, REFERENCE[op](x, some, index))
     out = nans(3, d)
     rows.take_rows(x, integers([4, 0, 4]), out)
     assert torch.equal(out, x[[4, 0, 4]])
@@ -313,7 +326,7 @@ def test_elements(shape: tuple[int, int]) -> None:
         "mul": ((a, b), a * b),
         "silu": ((a,), REFERENCE["silu"](a.double())),
         "gelu": ((a,), REFERENCE["gelu"](a.double())),
-        "silu_mul": ((a, b), REFERENCE["silu"](a.double()) * b),
+        "silu_mul": ((a, b), REFERENCE["silu"](a.double()) * b.cpu()),
     }
     for name, (operands, wanted) in pairs.items():
         out = nans(*shape)

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
 from auricle.engine.sampling import Sampler, SamplingOptions, penalise
 from auricle.kernels.gpu import sampling
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "these cases are interpreted: set TRITON_INTERPRET=1"
+from gpu_device import DEVICE
 
 
 def logits_of(n: int, seed: int, ties: bool = False) -> torch.Tensor:
     x = 3 * np.random.default_rng(seed).standard_normal(n, dtype=np.float32)
-    return torch.from_numpy(np.round(x) if ties else x)
+    return torch.from_numpy(np.round(x) if ties else x).to(DEVICE)
+
+
+def full(n: int, value: float, kind: torch.dtype) -> torch.Tensor:
+    return torch.full((n,), value, dtype=kind, device=DEVICE)
+
+
+def tensor(values: list, kind: torch.dtype) -> torch.Tensor:
+    return torch.tensor(values, dtype=kind, device=DEVICE)
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
     n = sampling.block_count(logits.numel())
-    maxima, indices = torch.full((n,), torch.nan), torch.full((n,), -7, dtype=torch.int32)
-    token = torch.full((1,), -7, dtype=torch.int32)
+    maxima, indices = full(n, torch.nan, torch.float32), full(n, -7, torch.int32)
+    token = full(1, -7, torch.int32)
     sampling.argmax_blocks(logits, maxima, indices)
     sampling.argmax_pairs(maxima, indices, token)
     return token
 
 
 def draw(logits: torch.Tensor, options: SamplingOptions, numbers: list[float], step: int = 0) -> int:
-    settings = torch.tensor([getattr(options, name) for name in sampling.SETTINGS], dtype=torch.float64)
-    scratch = torch.full((sampling.draw_scratch_bytes(logits.numel()) // 8,), -1 << 40)
+    settings = tensor([getattr(options, name) for name in sampling.SETTINGS], torch.float64)
+    scratch = full(sampling.draw_scratch_bytes(logits.numel()) // 8, -1 << 40, torch.int64)
     token = likeliest(logits)
     sampling.draw(
         logits,
         settings,
-        torch.tensor(numbers, dtype=torch.float64),
-        torch.tensor([step], dtype=torch.int32),
+        tensor(numbers, torch.float64),
+        tensor([step], torch.int32),
         token,
         scratch,
         top_k=options.top_k > 0,
@@ -47,7 +52,7 @@ def draw(logits: torch.Tensor, options: SamplingOptions, numbers: list[float], s
 
 def host(logits: torch.Tensor, options: SamplingOptions, number: float) -> int:
     """What the host draws. The number must not be within rounding of the border between two tokens."""
-    ids, probabilities = Sampler(options).distribution(logits.numpy(), [])
+    ids, probabilities = Sampler(options).distribution(logits.cpu().numpy(), [])
     cumulative = np.cumsum(probabilities)
     low, high = (np.searchsorted(cumulative, (number + d) * cumulative[-1], side="right") for d in (-1e-9, 1e-9))
     assert low == high, "take another number"
@@ -57,22 +62,22 @@ def host(logits: torch.Tensor, options: SamplingOptions, number: float) -> int:
 @pytest.mark.parametrize("n", [1, 500, 512, 1501])
 def test_argmax(n: int) -> None:
     logits = logits_of(n, n)
-    assert int(likeliest(logits)) == int(np.argmax(logits.numpy()))
+    assert int(likeliest(logits)) == int(np.argmax(logits.cpu().numpy()))
 
 
 def test_argmax_takes_the_first_of_equals() -> None:
     logits = logits_of(3000, 0)
     logits[[2900, 1500, 1600]] = 50.0
     assert int(likeliest(logits)) == 1500
-    pairs = torch.tensor([1.0, 7.0, 7.0]), torch.tensor([3, 900, 20], dtype=torch.int32)
-    token = torch.zeros(1, dtype=torch.int32)
+    pairs = tensor([1.0, 7.0, 7.0], torch.float32), tensor([3, 900, 20], torch.int32)
+    token = full(1, 0, torch.int32)
     sampling.argmax_pairs(*pairs, token)
     assert int(token) == 20
 
 
 def test_argmax_of_nothing_finite_is_no_token() -> None:
-    assert int(likeliest(torch.full((5,), -torch.inf))) == -1
-    assert int(likeliest(torch.full((5,), torch.nan))) == -1
+    assert int(likeliest(full(5, -torch.inf, torch.float32))) == -1
+    assert int(likeliest(full(5, torch.nan, torch.float32))) == -1
     logits = logits_of(1501, 3)
     logits[700] = torch.nan
     assert int(likeliest(logits)) == -1
@@ -104,7 +109,7 @@ def test_a_draw_follows_the_distribution_of_the_host() -> None:
     """Every token that survives comes up, at the number in the middle of its share, and no other."""
     options = SamplingOptions(temperature=1.0, top_k=4, top_p=0.95)
     logits = logits_of(1100, 3)
-    ids, probabilities = Sampler(options).distribution(logits.numpy(), [])
+    ids, probabilities = Sampler(options).distribution(logits.cpu().numpy(), [])
     assert len(ids) > 2
     ends = np.cumsum(probabilities)
     assert [draw(logits, options, [u]) for u in ends - probabilities / 2] == ids.tolist()
@@ -113,20 +118,20 @@ def test_a_draw_follows_the_distribution_of_the_host() -> None:
 def test_a_draw_reads_the_number_of_its_step_and_leaves_no_token_alone() -> None:
     logits, options = logits_of(600, 1), SamplingOptions(temperature=1.5)
     assert draw(logits, options, [0.1, 0.9], step=1) == draw(logits, options, [0.9])
-    assert draw(torch.full((6,), torch.nan), options, [0.5]) == -1
+    assert draw(full(6, torch.nan, torch.float32), options, [0.5]) == -1
 
 
 def test_penalty_and_steps() -> None:
-    logits, seen = logits_of(2000, 2), torch.zeros(2000, dtype=torch.uint8)
-    history, position = torch.full((3,), -1, dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
-    step, settings = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 0, 1, 0, 1.3], dtype=torch.float64)
-    token = torch.tensor([-7], dtype=torch.int32)
+    logits, seen = logits_of(2000, 2), full(2000, 0, torch.uint8)
+    history, position = full(3, -1, torch.int32), tensor([40], torch.int32)
+    step, settings = full(1, 0, torch.int32), tensor([0, 0, 1, 0, 1.3], torch.float64)
+    token = tensor([-7], torch.int32)
     for found in (5, 1999, 5, 17):  # one more than the history holds
-        sampling.advance(torch.tensor([found], dtype=torch.int32), token, history, position, step, seen)
+        sampling.advance(tensor([found], torch.int32), token, history, position, step, seen)
         assert int(token) == found
     assert history.tolist() == [5, 1999, 5]
     assert (int(position), int(step)) == (44, 4)
     assert seen.nonzero().ravel().tolist() == [5, 17, 1999]
-    wanted = penalise(logits.numpy(), [5, 1999, 17], 1.3)
+    wanted = penalise(logits.cpu().numpy(), [5, 1999, 17], 1.3)
     sampling.penalise(logits, seen, settings)
-    assert np.array_equal(logits.numpy(), wanted)
+    assert np.array_equal(logits.cpu().numpy(), wanted)
