@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..formats import F16, F32, Q8_0, Format
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def kv_store(rows: torch.Tensor, positions: torch.Tensor, cache: GpuCache) -> No
     heads = min(HEADS, triton.next_power_of_2(n_kv_head))
     grid = (n_tokens, triton.cdiv(n_kv_head, heads))
     width = triton.next_power_of_2(d)
-    _kv_store[grid](rows, positions, cache.codes, cache.scales, n_kv_head, d, width, heads, num_warps=4)
+    launch(_kv_store, grid, rows, positions, cache.codes, cache.scales, n_kv_head, d, width, heads, num_warps=4)
 
 
 POINTERS = {F32: "*fp32", F16: "*fp16", Q8_0: "*i8"}  # of codes, as Triton names them

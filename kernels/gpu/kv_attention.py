@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..formats import F16, F32, Q8_0, Format
 from .cache import GpuCache, cache_arguments, load_rows, store_rows
+from .launch import launch
 from .rope import find_turn, turn_rows
 from .softmax import HIDDEN, attend_tile, score_scale
 from .static import Case
@@ -247,7 +248,7 @@ def kv_attention(
     sizes = (n_tokens, n_head, keys.codes.shape[1], score_scale(d), d, _width(d))
     rows, slots, warps, stages = MANY[keys.format]
     grid = (triton.cdiv(n_tokens, rows), n_head)
-    _attend_many[grid](q, *planes, out, *sizes, rows, slots, num_warps=warps, num_stages=stages)
+    launch(_attend_many, grid, q, *planes, out, *sizes, rows, slots, num_warps=warps, num_stages=stages)
 
 
 def step_attention(
@@ -287,8 +288,10 @@ def _attend_few(
     planes = (keys.codes, keys.scales, values.codes, values.scales, positions)
     sizes = (n_tokens, n_head, n_kv_head, score_scale(d), d, width)
     cut = (group, split_rows(n_tokens, group), slots, splits)
-    _attend_split[(n_kv_head, splits)](q, *planes, *new, scratch, *sizes, *cut, num_warps=warps, num_stages=stages)
-    _join[(n_tokens, n_head)](scratch, positions, out, n_tokens, n_head, d, width, slots, splits, num_warps=4)
+    launch(
+        _attend_split, (n_kv_head, splits), q, *planes, *new, scratch, *sizes, *cut, num_warps=warps, num_stages=stages
+    )
+    launch(_join, (n_tokens, n_head), scratch, positions, out, n_tokens, n_head, d, width, slots, splits, num_warps=4)
 
 
 def _width(d_head: int) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _launch_rms_norm(
     n_rows = x.numel() // d
     width, rows, warps = row_tile(d)
     grid = (triton.cdiv(n_rows, rows),)
-    _rms_norm[grid](x, other, weight, total, out, n_rows, eps, d, width, rows, num_warps=warps)
+    launch(_rms_norm, grid, x, other, weight, total, out, n_rows, eps, d, width, rows, num_warps=warps)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -89,7 +90,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     n_rows = x.numel() // d
     width, rows, warps = row_tile(d)
     grid = (triton.cdiv(n_rows, rows),)
-    _layer_norm[grid](x, weight, bias, out, n_rows, eps, d, width, rows, num_warps=warps)
+    launch(_layer_norm, grid, x, weight, bias, out, n_rows, eps, d, width, rows, num_warps=warps)
 
 
 def static_cases() -> Iterator[Case]:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..formats import F16, F32, Q8_0
 from .cache import HEADS, GpuCache, cache_arguments, load_rows, store_rows
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _launch(
     heads = min(HEADS, triton.next_power_of_2(n_head))
     grid = (n_tokens, triton.cdiv(n_head, heads))
     width = triton.next_power_of_2(d)
-    _rope[grid](x, weight, frequencies, positions, out, n_head, eps, d, width, heads, num_warps=WARPS)
+    launch(_rope, grid, x, weight, frequencies, positions, out, n_head, eps, d, width, heads, num_warps=WARPS)
 
 
 def norm_rope_store(
@@ -201,7 +202,21 @@ def norm_rope_store(
     grid = (n_tokens, triton.cdiv(n_head, heads) + 2 * triton.cdiv(n_kv_head, heads))
     planes = (keys.codes, keys.scales, values.codes, values.scales)
     sizes = (n_head, n_kv_head, eps, d, triton.next_power_of_2(d), heads)
-    _norm_rope_store[grid](q, k, v, q_weight, k_weight, frequencies, positions, out, *planes, *sizes, num_warps=WARPS)
+    launch(
+        _norm_rope_store,
+        grid,
+        q,
+        k,
+        v,
+        q_weight,
+        k_weight,
+        frequencies,
+        positions,
+        out,
+        *planes,
+        *sizes,
+        num_warps=WARPS,
+    )
 
 
 def static_cases() -> Iterator[Case]:
