@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NUMBERS = 2048  # that a program holds, at least: several rows when they are short
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm(x, other, weight, total, out, n_rows, eps, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
     """A program takes ROWS rows. With `other`, x + other is normalised and also written to `total`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -36,7 +36,7 @@ def _rms_norm(x, other, weight, total, out, n_rows, eps, D: tl.constexpr, D_PAD:
     tl.store(out + at, tile * factor[:, None] * scale[None, :], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm(x, weight, bias, out, n_rows, eps, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
     """A program takes ROWS rows. The variance is that of the differences from the mean: x^2 - mean^2 would cancel."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

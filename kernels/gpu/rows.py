@@ -63,7 +63,7 @@ def _get_rows(words, ids, out, n_rows, n_cols, DECODE: tl.constexpr, SHAPE: tl.c
             tl.store(out + token * n_cols + column, tl.where(exists, value, 0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _pick_rows(x, rows, index, out, n_rows, D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows of the result, blocks of columns). Where there is no x, an index that is no row gives zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -135,7 +135,7 @@ def _gate(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_b"])
 def _map(a, b, out, n, n_b, FUNCTION: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr):
     """out = FUNCTION(a, b); with REPEAT, b has n_b numbers and starts again and again."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -297,7 +297,7 @@ def _penalise(logits, seen, settings, n, BLOCK: tl.constexpr):
     tl.store(logits + i, tl.where(tl.load(seen + i, mask=i < n, other=0) != 0, changed, x), mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_history"])
 def _advance(found, token, history, seen, position, step, n_history, n):
     chosen, now = tl.load(found), tl.load(step)
     tl.store(token, chosen)

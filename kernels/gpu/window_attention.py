@@ -23,7 +23,7 @@ ROWS, KEYS = 64, 64  # queries of a program, keys of a step: a window of the enc
 WARPS, STAGES = 4, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _window_attention(
     queries,
     keys,
