@@ -28,13 +28,13 @@ class NoEvent:
 
 
 class StandIn:
-    """A card's interface (see `engine/backends/cuda_device.py`). `allocated` and `peak` are bytes."""
+    """A card's interface (see `engine/backends/cuda_device.py`). `allocated` and `peak` are bytes, `captured` calls."""
 
     name, capability = "stand-in", (8, 9)
 
     def __init__(self) -> None:
         self.target = torch.device("cpu")
-        self.allocated = self.peak = 0
+        self.allocated = self.peak = self.captured = 0
 
     def empty(self, nbytes: int) -> torch.Tensor:
         memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
@@ -52,7 +52,10 @@ class StandIn:
     def event(self) -> NoEvent:
         return NoEvent()
 
-    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, call: Callable[[], None], warm_ups: int = 1) -> Callable[[], None]:
+        self.captured += 1
+        for _ in range(warm_ups):
+            call()
         return call
 
     def release(self) -> None:
