@@ -39,6 +39,8 @@ class Device:
     """The processor: weights stay where the file is mapped, and memory is taken when it is first touched."""
 
     beside: int | None = None  # bytes that this memory holds besides what is planned; None: what the process has
+    # Gives what starts the work of a call again, all at once, without doing any of it; None: this device cannot.
+    record: Callable[[Callable[[], None]], Callable[[], None]] | None = None
     separate = False  # whether memory is another than the processor's, and had at once
 
     def empty(self, nbytes: int) -> Tensor:

@@ -6,8 +6,10 @@ makes the calls. Knows no op and no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,8 +54,15 @@ def draft_graph(graph: Graph, backend: Backend, capture: Collection[str], feed: 
     return Draft(graph, backend, tuple(capture), plan)
 
 
+Call = Callable[[], None]
+
+
 class Program:
-    """Bound calls. One run at a time; results lie in the arena and are overwritten by the next run in it."""
+    """Bound calls. One run at a time; results lie in the arena and are overwritten by the next run in it.
+
+    Where the device can record calls, the second run does, and those after it start what was recorded: a program that
+    runs once pays nothing for it, and by then all has been loaded.
+    """
 
     def __init__(
         self,
@@ -75,7 +84,14 @@ class Program:
         graph = draft.graph
         self._bound: dict[Value, Any] = {graph.leaves["input", name]: value for name, value in (inputs or {}).items()}
         self.inputs = {leaf.name: self._bind_value(leaf) for leaf in graph.leaves_of("input")}
-        self._calls = [call for node in graph.nodes if (call := self._bind_node(node, draft.backend))]
+        self._calls: list[Call] = []
+        self._fleeting: set[Call] = set()  # those that allocate: a recording would keep that memory from everybody else
+        for node in graph.nodes:
+            if (call := self._bind_node(node, draft.backend)) is not None:
+                self._calls.append(call)
+                if draft.backend.kernels[node.op].transient(node):
+                    self._fleeting.add(call)
+        self._n_runs = 0
         self.outputs = {name: self._bind_value(graph.stages[name]) for name in draft.capture}
 
     def run(self, feed: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,13 +105,15 @@ class Program:
             fits = array.shape[1:] == tensor.shape[1:] and len(array) <= len(tensor)
             assert fits, f"{name}: {array.shape=} {tensor.shape=}"
             self.device.fill(tensor, array)
+        if self._n_runs == 1 and self.device.record is not None:
+            self._calls = record_calls(self._calls, self._fleeting, self.device.record)
+        self._n_runs += 1
         self.call()
         return self.outputs
 
     def call(self) -> None:
         """Runs on what the inputs hold."""
-        for call in self._calls:
-            call()
+        call_all(self._calls)
 
     def _bind_node(self, node: Node, backend: Backend) -> Callable[[], None] | None:
         inputs = tuple(self._bind_operand(x) for x in node.inputs)
@@ -132,6 +150,20 @@ class Program:
             return self.device.constant(value.data)
         start = self.plan.offsets[value]
         return self.arena[start : start + value.nbytes].view(DTYPES[value.dtype]).view(value.shape)
+
+
+def record_calls(calls: list[Call], fleeting: Collection[Call], record: Callable[[Call], Call]) -> list[Call]:
+    """The calls with each stretch of those that are not `fleeting` recorded as one."""
+    results: list[Call] = []
+    for passes, group in groupby(calls, key=fleeting.__contains__):
+        stretch = tuple(group)
+        results += stretch if passes or len(stretch) == 1 else [record(partial(call_all, stretch))]
+    return results
+
+
+def call_all(calls: Iterable[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def compile_graph(

@@ -150,7 +150,7 @@ def filled_bytes(config: MossAudioConfig, backend: Backend, kv_format: Format, r
 def request_drafts(config: MossAudioConfig, backend: Backend, request: Request) -> dict[str, list[Draft]]:
     """The largest programs of a request, by phase: a batch of windows; a chunk of the prompt, and one token."""
     n_ctx = n_slots(config, backend, request)
-    chunk = min(backend.prefill_chunk, request.n_prompt)
+    chunk = backend.padded(min(backend.prefill_chunk, request.n_prompt))
     with_audio = bool(request.clip_frames)
     keys = [("decoder", chunk, "last", with_audio), ("decoder", 1, "all", False)]
     drafts = {"decoder": [draft_program(config, backend, n_ctx, key, ["logits"]) for key in keys]}

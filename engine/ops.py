@@ -199,7 +199,8 @@ def window_attention(q: Value, k: Value, v: Value, lengths: Value) -> Shape:
 
 @_writes
 def kv_store(cache: Value, rows: Value, positions: Value) -> Shape:
-    """Writes rows [n_tokens, n_kv_head, d_head] into cache [n_ctx, n_kv_head, d_head] at positions [n_tokens]."""
+    """Writes rows [n_tokens, n_kv_head, d_head] into cache [n_ctx, n_kv_head, d_head] at positions [n_tokens]. The last
+    tokens may be at -1: they pad, and are not written."""
     assert cache.shape[1:] == rows.shape[1:], f"kv_store: {cache.shape=} {rows.shape=}"
     assert positions.shape == rows.shape[:1], f"kv_store: {rows.shape=} {positions.shape=}"
     return cache.shape
@@ -209,7 +210,8 @@ def kv_store(cache: Value, rows: Value, positions: Value) -> Shape:
 def kv_attention(q: Value, k_cache: Value, v_cache: Value, positions: Value) -> Shape:
     """Causal attention over a cache: token t sees slots 0 .. positions[t], scaled by 1/sqrt(d_head).
     q [n_tokens, n_head, d_head], caches [n_ctx, n_kv_head, d_head]; query head h reads KV head
-    h // (n_head / n_kv_head). positions [n_tokens] int32 rise by one a token."""
+    h // (n_head / n_kv_head). positions [n_tokens] int32 rise by one a token. The last tokens may be at -1: they pad,
+    see nothing, and get zeros."""
     assert q.shape[2] == k_cache.shape[2], f"kv_attention: {q.shape=} {k_cache.shape=}"
     assert k_cache.shape == v_cache.shape, f"kv_attention: {k_cache.shape=} {v_cache.shape=}"
     assert q.shape[1] % k_cache.shape[1] == 0, f"kv_attention: {q.shape=} {k_cache.shape=}"

@@ -250,7 +250,8 @@ class Runtime:
         for start in range(0, len(prompt.ids), self.backend.prefill_chunk):
             chunk = slice(start, min(start + self.backend.prefill_chunk, len(prompt.ids)))
             results = self._run_chunk(prompt, rows, chunk, "all", capture, feed)
-            parts.append({name: self._device.fetch(value).copy() for name, value in results.items()})
+            n = chunk.stop - chunk.start
+            parts.append({name: self._device.fetch(value[:n]).copy() for name, value in results.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in capture}
 
     def _run_chunk(
@@ -262,19 +263,24 @@ class Runtime:
         capture: Collection[str],
         feed: Arrays | None = None,
     ) -> dict[str, torch.Tensor]:
+        """Of stages with a row for each token, the rows after those of the chunk are padding."""
         n_tokens = chunk.stop - chunk.start
-        index = prompt.audio_rows[chunk]
+        # Observers take up every row there is.
+        n_rows = n_tokens if self._observers is not None else self.backend.padded(n_tokens)
+        index = pad_rows(prompt.audio_rows[chunk], n_rows, -1)
         with_audio = bool(rows) and (feed is not None or bool((index >= 0).any()))
-        program = self._program(("decoder", n_tokens, head, with_audio), capture, feed)
+        program = self._program(("decoder", n_rows, head, with_audio), capture, feed)
         inputs = {
-            "input_ids": prompt.ids[chunk],
-            "positions": np.arange(chunk.start, chunk.stop, dtype=np.int32),
+            "input_ids": pad_rows(prompt.ids[chunk], n_rows, prompt.ids[chunk.start]),
+            "positions": pad_rows(np.arange(chunk.start, chunk.stop, dtype=np.int32), n_rows, -1),
             "last_row": np.array([n_tokens - 1], np.int32),
             **(chunk_rows(index, rows) if with_audio else {}),
         }
         return program.run(
             {
-                name: feed[name][chunk].reshape(tensor.shape) if feed and name in feed else inputs[name]
+                name: pad_rows(feed[name][chunk], n_rows, 0).reshape(tensor.shape)
+                if feed and name in feed
+                else inputs[name]
                 for name, tensor in program.inputs.items()
             }
         )
@@ -348,6 +354,11 @@ def draft_program(
     if not graph.stages.keys() >= {*capture, *feed}:
         label_values(graph)
     return draft_graph(observe(graph) if observed else graph, backend, capture, feed)
+
+
+def pad_rows(rows: np.ndarray, n: int, value: float) -> np.ndarray:
+    """n rows: those there are, and rows of `value`."""
+    return np.pad(rows, [(0, n - len(rows)), *[(0, 0)] * (rows.ndim - 1)], constant_values=value)
 
 
 def chunk_rows(index: np.ndarray, rows: list[torch.Tensor]) -> dict[str, np.ndarray | torch.Tensor]:

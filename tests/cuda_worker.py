@@ -36,7 +36,7 @@ from auricle.kernels.formats import F16, F32, Q4_K, Q8_0, Format
 from auricle.kernels.gpu.tune import Config
 from auricle.tools.sample import SampleShape, write_checkpoint
 from gpu_device import CARD
-from op_cases import CASES, Case, make_weight, materials
+from op_cases import CASES, PADDED, Case, make_weight, materials
 from stand_in import StandIn
 
 REFERENCE = find_backend("reference")
@@ -107,7 +107,39 @@ def op_checks(chosen: Backend) -> dict[str, Callable[[], float]]:
 def run_ops() -> dict[str, Any]:
     chosen = backend()
     errors = {name: check() for name, check in op_checks(chosen).items()}
-    return {"errors": errors, "large": {n: large_channel(chosen, n) for n in (2, 9)}}
+    large = {n: large_channel(chosen, n) for n in (2, 9)}
+    padding = {f"{c.name} {fmt}": keeps_padding_out(c, chosen, fmt) for c in PADDED[:2] for fmt in (F32, F16, Q8_0)}
+    return {"errors": errors, "large": large, "padding": padding}
+
+
+def keeps_padding_out(case: Case, chosen: Backend, kv_format: Format) -> bool:
+    """Whether no slot was written for tokens that pad; with norms and positions before it, as in a decoder, too."""
+    m = materials(case, F32, kv_format)
+    positions, kept = m.feed["p"], []
+    n_used = case.filled + int((positions >= 0).sum())
+    for graph in (case.graph(), normed_attention(m.feed, next(iter(m.states.values())).shape)):
+        states = place(m.states, chosen.device)
+        codes = [cache.planes.codes.view(torch.uint8) for cache in states.values()]
+        before = [c.clone() for c in codes]
+        rng = np.random.default_rng(2)
+        weights = {leaf.name: make_weight(leaf.name, leaf.shape, F32, rng) for leaf in graph.leaves_of("weight")}
+        program = compile_graph(graph, chosen, weights.get, capture=["out.0"], states=states, poison=True)
+        out = program.run(m.feed)["out.0"]
+        kept.append(bool(out.isfinite().all() and (out[positions < 0] == 0).all()))
+        for old, new in zip(before, codes, strict=True):
+            kept += [torch.equal(old[n_used:], new[n_used:]), not torch.equal(old[:n_used], new[:n_used])]
+    return all(kept)
+
+
+def normed_attention(feed: dict[str, np.ndarray], shape: tuple[int, int, int]) -> Graph:
+    g = Graph()
+    q, k, v = (g.input(part, feed[part].shape) for part in "qkv")
+    p = g.input("p", feed["p"].shape, "i32")
+    weight = g.weight("n", shape[-1:])
+    q, k = (g.rope(g.rms_norm(x, weight, eps=1e-6), p, theta=1e4) for x in (q, k))
+    caches = [g.kv_store(g.state(f"{name}.cache", shape), x, p) for name, x in (("k", k), ("v", v))]
+    g.stage("out.0", g.kv_attention(q, *caches, p))
+    return g
 
 
 def large_channel(chosen: Backend, n_tokens: int) -> dict[str, float]:

@@ -195,8 +195,8 @@ def _windows(n: int, t: int, n_head: int, d_head: int, lengths: list[int]) -> Ca
     return Case(f"window_attention-{n}x{t}x{n_head}x{d_head}", build, {"n": lengths})
 
 
-def _attention(n_tokens: int, n_head: int, n_kv_head: int, d_head: int, first: int) -> Case:
-    """New rows are stored behind `first` old ones, and attended to."""
+def _attention(n_tokens: int, n_head: int, n_kv_head: int, d_head: int, first: int, n_pad: int = 0) -> Case:
+    """New rows are stored behind `first` old ones, and attended to. The last `n_pad` tokens are none."""
     n_ctx = first + n_tokens + 3
 
     def build(g: Graph) -> Value:
@@ -212,8 +212,16 @@ def _attention(n_tokens: int, n_head: int, n_kv_head: int, d_head: int, first: i
         return g.kv_attention(g.input("q", (n_tokens, n_head, d_head)), *caches, positions)
 
     name = f"kv_attention-{n_tokens}x{n_head}of{n_kv_head}x{d_head}-after-{first}"
-    return Case(name, build, {"p": np.arange(first, first + n_tokens)}, filled=first)
+    positions = np.arange(first, first + n_tokens)
+    positions[n_tokens - n_pad :] = -1
+    return Case(f"{name}-padded-{n_pad}" if n_pad else name, build, {"p": positions}, filled=first)
 
+
+PADDED: list[Case] = [
+    _attention(3, 4, 2, 32, 5, 1),
+    _attention(20, 4, 2, 32, 0, 13),
+    _attention(150, 4, 2, 32, 9, 140),  # whole tiles of it
+]
 
 CASES: list[Case] = [
     *(_linear(*shape) for shape in [(1, 32, 1), (1, 256, 300), (3, 64, 48), (7, 96, 33), (9, 512, 257), (33, 32, 5)]),
@@ -239,6 +247,7 @@ CASES: list[Case] = [
     _attention(1, 32, 8, 128, 300),
     _attention(1, 5, 1, 40, 7),
     _attention(3, 6, 2, 16, 70),
+    *PADDED,
 ]
 
 

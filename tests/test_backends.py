@@ -10,8 +10,9 @@ import torch
 from auricle.engine.backends import BackendError, find_backend
 from auricle.engine.executor import compile_graph
 from auricle.engine.graph import Graph
+from auricle.engine.kv_cache import CacheTensor
 from auricle.kernels.formats import BF16, F16, F32, Q4_K, Q5_K, Q6_K, Q8_0, Format
-from op_cases import CASES, Case, materials
+from op_cases import CASES, PADDED, Case, materials
 
 FAST = ["cpu", "cpu exact"]
 ROUNDED = {Q4_K, Q5_K, Q6_K, Q8_0}  # types that meet activations in int8, 256 weights at a time
@@ -79,6 +80,44 @@ def test_cache_types(case: Case, kv_format: Format, tolerance: float, backend: s
     stored = run_case(case, backend, kv_format=kv_format)
     assert_close(stored, exact, tolerance)
     assert_close(stored, run_case(case, "reference", kv_format=kv_format), 2e-6)
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("kv_format", [F32, F16, Q8_0], ids=str)
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_padding_changes_no_slot_and_gets_zeros(case: Case, kv_format: Format, backend: str) -> None:
+    m = materials(case, F32, kv_format)
+    positions = m.feed["p"]
+    caches = {name: state.data.view(torch.uint8) for name, state in m.states.items()}
+    n = case.filled + int((positions >= 0).sum())
+    for data in caches.values():
+        data[case.filled :] = 0xFF  # NaN in any type
+    before = {name: data.clone() for name, data in caches.items()}
+    m.feed["k"][positions < 0] = np.nan
+    chosen = find_backend(*backend.split())
+    program = compile_graph(case.graph(), chosen, {}.get, capture=["out.0"], states=m.states, poison=True)
+    out = program.run(m.feed)["out.0"].numpy()
+    assert np.isfinite(out).all()
+    assert (out[positions < 0] == 0).all()
+    assert (np.abs(out[positions >= 0]).sum((1, 2)) > 0).all()
+    for name, data in caches.items():
+        assert torch.equal(data[n:], before[name][n:])
+        assert torch.equal(data[: case.filled], before[name][: case.filled])
+        assert not torch.equal(data[case.filled : n], before[name][case.filled : n])
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_one_token_that_pads_is_not_stored(backend: str) -> None:
+    g, cache = Graph(), CacheTensor((4, 2, 32), F16)
+    rows, positions = g.input("x", (1, 2, 32)), g.input("p", (1,), "i32")
+    caches = [g.kv_store(g.state(name, cache.shape), rows, positions) for name in "kv"]
+    g.stage("out", g.kv_attention(rows, *caches, positions))
+    cache.data.fill_(7)
+    chosen, states = find_backend(*backend.split()), dict.fromkeys("kv", cache)
+    program = compile_graph(g, chosen, {}.get, capture=["out"], states=states)
+    out = program.run({"x": np.ones((1, 2, 32), np.float32), "p": np.array([-1], np.int32)})["out"]
+    assert (cache.data == 7).all()
+    assert (out == 0).all()
 
 
 def reference_result(case_name: str) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:

@@ -57,6 +57,8 @@ def test_every_op_agrees_with_the_reference() -> None:
     result = run_worker("ops")
     assert len(result["errors"]) > 60
     assert not {name: error for name, error in result["errors"].items() if not error <= HALF_ERROR}
+    assert len(result["padding"]) == 6
+    assert all(result["padding"].values())
     for large in result["large"].values():  # a residual stream in half precision would be inf, or lose the rest
         assert large["rest"] <= HALF_ERROR
         assert large["channel"] <= 1e-6

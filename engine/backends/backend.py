@@ -36,7 +36,8 @@ class Kernel:
 @dataclass(frozen=True)
 class Backend:
     """`kv_type`: how it keeps keys and values unless told otherwise. `window_batch`: encoder windows at a time;
-    `prefill_chunk`: prompt tokens at a time. `rounds`: names of the types whose activations it rounds to int8.
+    `prefill_chunk`: prompt tokens at a time, of which the last piece is padded to a multiple of `prefill_step`, so that
+    few programs serve prompts of all lengths. `rounds`: names of the types whose activations it rounds to int8.
     `device`: where the numbers are. `bind_steps`: see `cuda_steps.py`; None where tokens are drawn here, one by one."""
 
     name: str
@@ -45,6 +46,11 @@ class Backend:
     kv_type: str
     window_batch: int
     prefill_chunk: int
+    prefill_step: int = 16
     rounds: frozenset[str] = frozenset()
     device: Device = field(default_factory=Device)
     bind_steps: Callable[..., Any] | None = None
+
+    def padded(self, n_tokens: int) -> int:
+        """Rows of the program for a piece of a prompt."""
+        return min(self.prefill_chunk, -(-n_tokens // self.prefill_step) * self.prefill_step)

@@ -11,6 +11,7 @@ import torch
 from ..graph import Node
 from ..kv_cache import CacheTensor
 from .backend import Bound
+from .reference import count_tokens
 
 Tensor = torch.Tensor
 Call = Callable[[], None]
@@ -23,14 +24,18 @@ HEAD_BYTES = 16 << 20  # of keys and values in float32 at a time, but always one
 def bind_block_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor) -> Call:
     q, k_cache, v_cache, positions = inputs
     (out,) = outputs
-    n_tokens, n_head, d = q.shape
+    n_head, d = q.shape[1:]
     n_ctx, n_kv_head, _ = k_cache.shape
     group = n_head // n_kv_head
     half = head_floats(n_ctx, n_kv_head, d) // 2
     keys, values, scores = scratch.view(torch.float32).split([half, half, n_scores(node)])
 
     def call() -> None:
-        n_slots = int(positions[-1]) + 1
+        n = count_tokens(positions)
+        out[n:] = 0
+        if n == 0:
+            return
+        n_slots = int(positions[n - 1]) + 1
         n_heads = min(n_kv_head, half // (n_slots * d), max(1, scores.numel() // (group * n_slots)))
         for first in range(0, n_kv_head, n_heads):
             h = min(n_heads, n_kv_head - first)
@@ -40,9 +45,9 @@ def bind_block_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Ten
             )
             heads = slice(first * group, (first + h) * group)
             step = min(BLOCK_TOKENS, max(1, scores.numel() // (group * h * n_slots)))
-            for start in range(0, n_tokens, step):
-                seen = positions[start : start + step]
-                out[start : start + step, heads] = attend(q[start : start + step, heads], k, v, seen, scores)
+            for start in range(0, n, step):
+                tokens = slice(start, min(start + step, n))
+                out[tokens, heads] = attend(q[tokens, heads], k, v, positions[tokens], scores)
 
     return call
 

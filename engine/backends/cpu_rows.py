@@ -15,6 +15,7 @@ from ...kernels.cpu import attention, norms
 from ...kernels.cpu.emit import LEVEL
 from ...kernels.formats import F16
 from ..graph import Node
+from . import reference
 from .backend import Bound
 from .cpu_attention import Call, bind_block_attention, block_scratch
 from .cpu_int8 import FEW, MANY_NUMBERS, kernel_arrays, use_threads
@@ -61,7 +62,13 @@ def bind_kv_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor
     flat_q, out = kernel_arrays(q, outputs[0])
     where, scale, stride = positions.numpy(), np.float32(1 / math.sqrt(d)), row_stride(n_ctx)
     scores = scratch.view(torch.float32).numpy()[: n_head * stride]
-    return lambda: kernel(flat_q, n_head, d, keys, values, n_kv_head, width, where, scale, scores, stride, out)
+
+    def call() -> None:
+        n = np.count_nonzero(where >= 0)
+        kernel(flat_q, n_head, d, keys, values, n_kv_head, width, where[:n], scale, scores, stride, out)
+        out[n * n_head * d :] = 0
+
+    return call
 
 
 def row_stride(n_ctx: int) -> int:
@@ -81,6 +88,11 @@ def bind_kv_store(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Ca
     """One row of F16 goes straight to its slot."""
     cache, rows, positions = inputs
     if rows.shape[0] > 1 or cache.format is not F16 or LEVEL == "generic" or rows.numel() % LANES:
-        return lambda: cache.write(positions, rows)
+        return lambda: reference.kv_store(cache, rows, positions)
     where, row, data = positions.numpy(), rows.numpy().reshape(-1), cache.data.view(torch.uint8).numpy().reshape(-1)
-    return lambda: attention.store_row(row, data, 2 * row.size * int(where[0]))
+
+    def call() -> None:
+        if where[0] >= 0:
+            attention.store_row(row, data, 2 * row.size * int(where[0]))
+
+    return call

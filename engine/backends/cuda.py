@@ -43,7 +43,7 @@ def make_backend(card: Card, pick: Picker | None = None) -> Backend:
     """`pick`: how products are cut; None as `kernels/gpu/tune.py` says for that card."""
     cut = pick or partial(tune.pick, device_name=card.name, capability=card.capability)
     kernels = cuda_torch.KERNELS | cuda_rows.KERNELS | linear_kernels(cut)
-    sizes = {"kv_type": "f16", "window_batch": 8, "prefill_chunk": 512}
+    sizes = {"kv_type": "f16", "window_batch": 8, "prefill_chunk": 512, "prefill_step": 64}
     return Backend("cuda", kernels, RULES, **sizes, device=CardDevice(card), bind_steps=Stepper)
 
 

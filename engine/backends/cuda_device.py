@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 LEAST_CAPABILITY = (8, 0)
 CONTEXT_BYTES = 400 << 20  # about what CUDA itself and the compiled kernels take, beside what PyTorch counts
 RECORDING = threading.Lock()
-WARM_UPS = 1  # runs of a call before it is recorded: kernels are compiled in the first
+WARM_UPS = 1  # runs of a call before it is recorded: kernels are brought to the card in the first
 
 
 class Event(Protocol):
@@ -57,8 +57,8 @@ class Card:
     def event(self) -> Event:
         return torch.cuda.Event()
 
-    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Records the kernels that `call` starts; gives what starts them all at once. `call` runs some times before.
+    def capture(self, call: Callable[[], None], warm_ups: int = WARM_UPS) -> Callable[[], None]:
+        """Records the kernels that `call` starts; gives what starts them all at once. `call` runs so many times before.
 
         One thread records at a time, and what others do meanwhile does not disturb it.
         """
@@ -66,7 +66,7 @@ class Card:
             aside = torch.cuda.Stream(self.target)
             aside.wait_stream(torch.cuda.current_stream(self.target))
             with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
+                for _ in range(warm_ups):
                     call()
             torch.cuda.current_stream(self.target).wait_stream(aside)
             graph = torch.cuda.CUDAGraph()

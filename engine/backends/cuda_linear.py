@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.gpu.launch import record
 from ...kernels.gpu.linear import Best, Norm, Picker, best_programs, gated_linear, linear, scratch_bytes
 from ...kernels.gpu.sampling import argmax_pairs
 from ...kernels.gpu.weights import DeviceWeight
@@ -28,11 +29,11 @@ def bind_wide_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor 
     outs = [rows_of(out) for out in outputs if len(out.shape) > 1]
     shared = {"norm": norm_of(inputs[1], node.attrs["eps"]), "scratch": scratch, "pick": pick}
     if node.attrs["close"] == "gate":
-        return lambda: gated_linear(x, *weights, outs[0], **shared)
+        return record(gated_linear, x, *weights, outs[0], **shared)
     if node.attrs["close"] == "argmax":
         return bind_argmax(x, weights, biases, outputs[0], shared)
     shared |= {"residual": None if inputs[4] is None else rows_of(inputs[4]), "epilogue": node.attrs["close"]}
-    return lambda: linear(x, weights, biases, outs, **shared)
+    return record(linear, x, weights, biases, outs, **shared)
 
 
 def bind_argmax(
@@ -42,11 +43,11 @@ def bind_argmax(
     n, pairs = best_programs(weights[0], 1, shared["pick"]), shared.pop("scratch").view(2, -1)
     best = Best(pairs[0].view(torch.float32)[:n, None], pairs[1].view(torch.int32)[:n, None])
 
-    def call() -> None:
+    def choose() -> None:
         linear(x, weights, biases, [None], best=best, **shared)
         argmax_pairs(best.values, best.indices, token)
 
-    return call
+    return record(choose)
 
 
 def norm_of(operands: tuple[Tensor, ...] | None, eps: float) -> Norm | None:

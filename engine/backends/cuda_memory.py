@@ -169,6 +169,10 @@ class CardDevice(Device):
             self.staging.copy(data[start : start + len(rows)].view(-1), layouts.pack(rows, fmt).reshape(-1))
         return DeviceWeight(data.view(-1).view(torch.int32), fmt, n_rows, n_cols)
 
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        """`call` has run before, and allocates nothing."""
+        return self.card.capture(call, warm_ups=0)
+
     def weights(self, file: GGUFFile, group_of: Callable[[str], str]) -> Weights:
         return CardWeights(self, file, group_of)
 

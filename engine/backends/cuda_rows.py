@@ -10,6 +10,7 @@ import torch
 
 from ...kernels.gpu import cache as kv_cache
 from ...kernels.gpu import kv_attention, norms, rope, rows, window_attention
+from ...kernels.gpu.launch import record
 from ..graph import Node
 from .backend import Bound, Kernel
 
@@ -19,15 +20,15 @@ Call = Callable[[], None]
 
 def bind_rms_norm(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     x, weight = inputs
-    return lambda: norms.rms_norm(x, weight, node.attrs["eps"], outputs[0])
+    return record(norms.rms_norm, x, weight, node.attrs["eps"], outputs[0])
 
 
 def bind_add_rms_norm(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
-    return lambda: norms.add_rms_norm(*inputs, node.attrs["eps"], *outputs)
+    return record(norms.add_rms_norm, *inputs, node.attrs["eps"], *outputs)
 
 
 def bind_layer_norm(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
-    return lambda: norms.layer_norm(*inputs, node.attrs["eps"], outputs[0])
+    return record(norms.layer_norm, *inputs, node.attrs["eps"], outputs[0])
 
 
 @cache
@@ -39,31 +40,31 @@ def frequencies(d_head: int, theta: float, device: torch.device) -> Tensor:
 def bind_rope(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     x, positions = inputs
     turns = frequencies(x.shape[-1], node.attrs["theta"], x.device)
-    return lambda: rope.rope(x, turns, positions, outputs[0])
+    return record(rope.rope, x, turns, positions, outputs[0])
 
 
 def bind_norm_rope(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     x, weight, positions = inputs
     turns = frequencies(x.shape[-1], node.attrs["theta"], x.device)
-    return lambda: rope.norm_rope(x, weight, node.attrs["eps"], turns, positions, outputs[0])
+    return record(rope.norm_rope, x, weight, node.attrs["eps"], turns, positions, outputs[0])
 
 
 def bind_norm_rope_store(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     q, k, v, q_weight, k_weight, keys, values, positions = inputs
     turns, eps = frequencies(q.shape[-1], node.attrs["theta"], q.device), node.attrs["eps"]
     planes = (keys.planes, values.planes)
-    return lambda: rope.norm_rope_store(q, k, v, q_weight, k_weight, eps, turns, positions, outputs[0], *planes)
+    return record(rope.norm_rope_store, q, k, v, q_weight, k_weight, eps, turns, positions, outputs[0], *planes)
 
 
 def bind_kv_store(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     cache, new, positions = inputs
-    return lambda: kv_cache.kv_store(new, positions, cache.planes)
+    return record(kv_cache.kv_store, new, positions, cache.planes)
 
 
 def bind_kv_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor | None) -> Call:
     q, keys, values, positions = inputs
     work = None if scratch is None else scratch.view(torch.float32)
-    return lambda: kv_attention.kv_attention(q, keys.planes, values.planes, positions, outputs[0], work)
+    return record(kv_attention.kv_attention, q, keys.planes, values.planes, positions, outputs[0], work)
 
 
 def kv_attention_bytes(node: Node, keys_at: int = 1) -> int:
@@ -77,17 +78,17 @@ def bind_norm_rope_attention(node: Node, inputs: Bound, outputs: Bound, scratch:
     q, k, v, q_weight, k_weight, keys, values, positions = inputs
     turns, eps = frequencies(q.shape[-1], node.attrs["theta"], q.device), node.attrs["eps"]
     rest = (keys.planes, values.planes, positions, outputs[0], scratch.view(torch.float32))
-    return lambda: kv_attention.step_attention(q, k, v, q_weight, k_weight, eps, turns, *rest)
+    return record(kv_attention.step_attention, q, k, v, q_weight, k_weight, eps, turns, *rest)
 
 
 def bind_window_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
-    return lambda: window_attention.window_attention(*inputs, outputs[0])
+    return record(window_attention.window_attention, *inputs, outputs[0])
 
 
 def bind_rows(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     """Of the four ops that pick rows by number."""
     kernel = getattr(rows, node.op)
-    return lambda: kernel(*inputs, outputs[0])
+    return record(kernel, *inputs, outputs[0])
 
 
 KERNELS = {

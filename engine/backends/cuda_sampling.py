@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...kernels.gpu import sampling
+from ...kernels.gpu.launch import record
 from ..sampling import Kind, Sampler
 from .cuda_memory import CardDevice
 
@@ -47,9 +48,8 @@ class Choice:
         """The call that chooses from `logits` float32 [n_vocab], which it may change, and counts on."""
         p = self._parts
         pairs, seen = (p["maxima"], p["indices"]), p["seen"] if kind.penalised else None
-        count_on = self.bind_counters(p["token"], seen)
 
-        def call() -> None:
+        def choose() -> None:
             if kind.penalised:
                 sampling.penalise(logits, p["seen"], p["settings"])
             sampling.argmax_blocks(logits, *pairs)
@@ -57,14 +57,17 @@ class Choice:
             if kind.drawn:
                 limits = {"top_k": kind.top_k, "top_p": kind.top_p}
                 sampling.draw(logits, p["settings"], p["uniform"], p["step"], p["token"], p["scratch"], **limits)
-            count_on()
+            self._count_on(p["token"], seen)
 
-        return call
+        return record(choose)
 
     def bind_counters(self, found: Tensor, seen: Tensor | None = None) -> Callable[[], None]:
         """The call that takes `found` int32 [1] for the next token and counts on."""
+        return record(self._count_on, found, seen)
+
+    def _count_on(self, found: Tensor, seen: Tensor | None) -> None:
         p = self._parts
-        return lambda: sampling.advance(found, p["token"], p["history"], p["position"], p["step"], seen)
+        sampling.advance(found, p["token"], p["history"], p["position"], p["step"], seen)
 
 
 def choice_parts(n_vocab: int, n_slots: int) -> dict[str, tuple[torch.dtype, int]]:

@@ -116,22 +116,31 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+def count_tokens(positions: Tensor) -> int:
+    """Those before the padding."""
+    return int((positions >= 0).sum())
+
+
 @_define
 def kv_store(cache: CacheTensor, rows: Tensor, positions: Tensor) -> None:
     """Takes the stored cache and changes it."""
-    cache.write(positions, rows)
+    n = count_tokens(positions)
+    cache.write(positions[:n], rows[:n])
 
 
 @_define
 def kv_attention(q: Tensor, k_cache: CacheTensor, v_cache: CacheTensor, positions: Tensor) -> Tensor:
     """Takes the stored caches; only the slots in use are read."""
-    n_slots = int(positions[-1]) + 1
+    out, n = torch.zeros_like(q), count_tokens(positions)
+    q, positions = q[:n], positions[:n]
+    n_slots = int(positions[-1]) + 1 if n else 0
     group = q.shape[1] // k_cache.shape[1]
     k, v = (c.read(n_slots).repeat_interleave(group, dim=1).transpose(0, 1) for c in (k_cache, v_cache))
     scores = q.transpose(0, 1) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [n_head, n_tokens, n_slots]
     later = torch.arange(n_slots) > positions[:, None]
     scores.masked_fill_(later, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+    out[:n] = (scores.softmax(-1) @ v).transpose(0, 1)
+    return out
 
 
 @_define

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..formats import F16, F32, Q8_0, Format
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -98,18 +99,19 @@ def _kv_store(x, positions, codes, scales, n_kv_head, D: tl.constexpr, D_PAD: tl
     """A program takes HEADS heads of one token."""
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    wanted = head < n_kv_head
+    position = tl.load(positions + token)
+    wanted = head < tl.where(position >= 0, n_kv_head, 0)
     tile = load_rows(x, None, token * n_kv_head + head, wanted, D, D_PAD)
-    store_rows(codes, scales, tl.load(positions + token) * n_kv_head + head, wanted, tile, D, D_PAD)
+    store_rows(codes, scales, position * n_kv_head + head, wanted, tile, D, D_PAD)
 
 
 def kv_store(rows: torch.Tensor, positions: torch.Tensor, cache: GpuCache) -> None:
-    """rows float32 [n_tokens, n_kv_head, d_head] into `cache` at positions int32 [n_tokens]."""
+    """rows float32 [n_tokens, n_kv_head, d_head] into `cache` at positions int32 [n_tokens]; those at -1 nowhere."""
     n_tokens, n_kv_head, d = rows.shape
     heads = min(HEADS, triton.next_power_of_2(n_kv_head))
     grid = (n_tokens, triton.cdiv(n_kv_head, heads))
     width = triton.next_power_of_2(d)
-    _kv_store[grid](rows, positions, cache.codes, cache.scales, n_kv_head, d, width, heads, num_warps=4)
+    launch(_kv_store, grid, rows, positions, cache.codes, cache.scales, n_kv_head, d, width, heads, num_warps=4)
 
 
 POINTERS = {F32: "*fp32", F16: "*fp16", Q8_0: "*i8"}  # of codes, as Triton names them

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..formats import F16, F32, Q8_0, Format
 from .cache import GpuCache, cache_arguments, load_rows, store_rows
+from .launch import launch
 from .rope import find_turn, turn_rows
 from .softmax import HIDDEN, attend_tile, score_scale
 from .static import Case
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 FEW = 8  # tokens that the split form takes
 SPLIT_SLOTS = 128  # of the context, at least, for each split
-MAX_SPLITS = 32
+MAX_SPLITS = tl.constexpr(32)
 # Rows of queries and slots of a step, warps, stages: of the form for many tokens, and of that for few, whose rows
 # follow from the heads. Float32 takes twice the memory on the chip and three products for one.
 MANY = {F16: (64, 32, 4, 3), Q8_0: (64, 32, 4, 2), F32: (32, 32, 8, 1)}
@@ -66,7 +67,7 @@ def _attend_slots(
     return peak, total, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _attend_many(
     queries,
     keys,
@@ -100,13 +101,23 @@ def _attend_many(
 
     column = tl.arange(0, D_PAD)
     mask = inside[:, None] & (column < D)[None, :]
+    total = tl.where(position >= 0, total, float("inf"))  # of a token that pads, so that it gets zeros
     tl.store(out + row[:, None] * D + column[None, :], mixed / total[:, None], mask=mask)
 
 
 @triton.jit
-def _share(split, n_slots, SLOTS: tl.constexpr, SPLITS: tl.constexpr):
+def _count_slots(positions, n_tokens):
+    """Slots that the last token sees; the last in the row may be no tokens, at -1."""
+    n_slots = 0
+    for t in range(n_tokens):
+        n_slots = tl.maximum(n_slots, tl.load(positions + t) + 1)
+    return n_slots
+
+
+@triton.jit
+def _share(split, n_slots, SLOTS: tl.constexpr, splits):
     """First slot of the share of a split, and the first after it. Splits that get none have first >= n_slots."""
-    steps = tl.cdiv(tl.cdiv(n_slots, SLOTS), SPLITS)
+    steps = tl.cdiv(tl.cdiv(n_slots, SLOTS), splits)
     first = split * steps * SLOTS
     return first, tl.minimum(first + steps * SLOTS, n_slots)
 
@@ -125,7 +136,7 @@ def _write_row(new_keys, new_values, planes, turn, kv_head, n_kv_head, slot, D: 
     store_rows(values, values_scales, row, wanted, v, D, D_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "splits"])
 def _attend_split(
     queries,
     keys,
@@ -144,22 +155,22 @@ def _attend_split(
     n_head,
     n_kv_head,
     scale,
+    splits,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Grid: (KV heads, splits). A row of the tile is a query head of the KV head's group, of one token.
 
     With `new_keys` there is one token, and nothing of it is normalised, turned or in the cache yet.
 
-    Writes to `sums` [n_tokens, n_head, SPLITS, D + 2] the mixed values, then the peak and the total of the share.
+    Writes to `sums` [n_tokens, n_head, splits, D + 2] the mixed values, then the peak and the total of the share.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
-    n_slots = tl.load(positions + n_tokens - 1) + 1
-    first, end = _share(split, n_slots, SLOTS, SPLITS)
+    n_slots = _count_slots(positions, n_tokens)
+    first, end = _share(split, n_slots, SLOTS, splits)
     if first >= n_slots:
         return
     token, member = tl.arange(0, ROWS) // GROUP, tl.arange(0, ROWS) % GROUP
@@ -180,44 +191,46 @@ def _attend_split(
     peak, total, mixed = _attend_slots(q, planes, kv_head, n_kv_head, position, first, end, D, D_PAD, ROWS, SLOTS)
 
     column = tl.arange(0, D_PAD)
-    at = sums + (row * SPLITS + split) * (D + 2)
+    at = sums + (row * splits + split) * (D + 2)
     tl.store(at[:, None] + column[None, :], mixed, mask=inside[:, None] & (column < D)[None, :])
     tl.store(at + D, peak, mask=inside)
     tl.store(at + D + 1, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "splits"])
 def _join(
     sums,
     positions,
     out,
     n_tokens,
     n_head,
+    splits,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Grid: (tokens, query heads). Puts the shares of one row together; those that nobody wrote are not read."""
     row = tl.program_id(0) * n_head + tl.program_id(1)
-    split = tl.arange(0, SPLITS)
-    n_slots = tl.load(positions + n_tokens - 1) + 1
-    first, _ = _share(split, n_slots, SLOTS, SPLITS)
+    split = tl.arange(0, MAX_SPLITS)  # those that there are not have no share
+    n_slots = _count_slots(positions, n_tokens)
+    first, _ = _share(split, n_slots, SLOTS, splits)
     used = first < n_slots
-    at = sums + (row * SPLITS + split) * (D + 2)
+    at = sums + (row * splits + split) * (D + 2)
     peak = tl.load(at + D, mask=used, other=HIDDEN)
     total = tl.load(at + D + 1, mask=used, other=0.0)
     column = tl.arange(0, D_PAD)
     mixed = tl.load(at[:, None] + column[None, :], mask=used[:, None] & (column < D)[None, :], other=0.0)
 
     weight = tl.exp2(peak - tl.max(peak, 0))
-    result = tl.sum(mixed * weight[:, None], 0) / tl.sum(total * weight, 0)
+    # A token that pads gets zeros.
+    total = tl.where(tl.load(positions + tl.program_id(0)) >= 0, tl.sum(total * weight, 0), float("inf"))
+    result = tl.sum(mixed * weight[:, None], 0) / total
     tl.store(out + row * D + column, result, mask=column < D)
 
 
 def split_count(n_ctx: int) -> int:
     """Programs that share the past of a KV head, a power of two."""
-    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(n_ctx, SPLIT_SLOTS)))
+    return min(MAX_SPLITS.value, triton.next_power_of_2(triton.cdiv(n_ctx, SPLIT_SLOTS)))
 
 
 def kv_attention_scratch_bytes(n_tokens: int, n_head: int, d_head: int, n_ctx: int) -> int:
@@ -236,7 +249,8 @@ def kv_attention(
     """Token t sees slots 0 .. positions[t]; no other slot is read.
 
     q, out float32 [n_tokens, n_head, d_head]; query head h reads KV head h // (n_head / n_kv_head). positions int32
-    [n_tokens] rise by one a token. scratch: at least `kv_attention_scratch_bytes`, float32, for up to FEW tokens.
+    [n_tokens] rise by one a token; the last may be -1, which pads and gets zeros. scratch: at least
+    `kv_attention_scratch_bytes`, float32, for up to FEW tokens.
     """
     n_tokens, n_head, d = q.shape
     if n_tokens <= FEW:
@@ -247,7 +261,7 @@ def kv_attention(
     sizes = (n_tokens, n_head, keys.codes.shape[1], score_scale(d), d, _width(d))
     rows, slots, warps, stages = MANY[keys.format]
     grid = (triton.cdiv(n_tokens, rows), n_head)
-    _attend_many[grid](q, *planes, out, *sizes, rows, slots, num_warps=warps, num_stages=stages)
+    launch(_attend_many, grid, q, *planes, out, *sizes, rows, slots, num_warps=warps, num_stages=stages)
 
 
 def step_attention(
@@ -285,10 +299,12 @@ def _attend_few(
     splits, group, width = split_count(n_ctx), n_head // n_kv_head, _width(d)
     slots, warps, stages = SPLIT[keys.format]
     planes = (keys.codes, keys.scales, values.codes, values.scales, positions)
-    sizes = (n_tokens, n_head, n_kv_head, score_scale(d), d, width)
-    cut = (group, split_rows(n_tokens, group), slots, splits)
-    _attend_split[(n_kv_head, splits)](q, *planes, *new, scratch, *sizes, *cut, num_warps=warps, num_stages=stages)
-    _join[(n_tokens, n_head)](scratch, positions, out, n_tokens, n_head, d, width, slots, splits, num_warps=4)
+    sizes = (n_tokens, n_head, n_kv_head, score_scale(d), splits, d, width)
+    cut = (group, split_rows(n_tokens, group), slots)
+    launch(
+        _attend_split, (n_kv_head, splits), q, *planes, *new, scratch, *sizes, *cut, num_warps=warps, num_stages=stages
+    )
+    launch(_join, (n_tokens, n_head), scratch, positions, out, n_tokens, n_head, splits, d, width, slots, num_warps=4)
 
 
 def _width(d_head: int) -> int:
@@ -307,13 +323,14 @@ def static_cases() -> Iterator[Case]:
         signature = planes | {"queries": "*fp32", "positions": "*i32", "n_tokens": "i32", "n_head": "i32"}
         signature |= {"n_kv_head": "i32", "scale": "fp32"}
         yield _many_case(fmt, signature | {"out": "*fp32"}, missing)
-        signature |= {"sums": "*fp32", "eps": "fp32"}
+        signature |= {"sums": "*fp32", "eps": "fp32", "splits": "i32"}
         for n_tokens in (1, 8):
             absent = dict.fromkeys(STEP)
             yield _split_case("kv_attention_split", fmt, n_tokens, signature, missing | absent)
         yield _split_case("step_attention", fmt, 1, signature | dict.fromkeys(STEP, "*fp32"), missing)
-    signature = {"sums": "*fp32", "positions": "*i32", "out": "*fp32", "n_tokens": "i32", "n_head": "i32"}
-    config = {"SLOTS": SPLIT[F16][0], "SPLITS": MAX_SPLITS}
+    signature = {"sums": "*fp32", "positions": "*i32", "out": "*fp32"}
+    signature |= dict.fromkeys(("n_tokens", "n_head", "splits"), "i32")
+    config = {"SLOTS": SPLIT[F16][0]}
     yield Case("kv_attention_join", "F32", config, _join, signature, {"D": 128, "D_PAD": 128} | config, 4, 1)
 
 
@@ -327,7 +344,7 @@ def _many_case(fmt: Format, signature: dict[str, str], missing: dict[str, None])
 
 def _split_case(name: str, fmt: Format, n_tokens: int, signature: dict[str, str], missing: dict[str, None]) -> Case:
     slots, warps, stages = SPLIT[fmt]
-    config = {"GROUP": 4, "ROWS": split_rows(n_tokens, 4), "SLOTS": slots, "SPLITS": MAX_SPLITS}
+    config = {"GROUP": 4, "ROWS": split_rows(n_tokens, 4), "SLOTS": slots}
     constants = {"D": 128, "D_PAD": 128} | config | missing
     read = ("keys", "values")
     return Case(name, fmt.name, config, _attend_split, signature, constants, warps, stages, read)

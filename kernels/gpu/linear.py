@@ -13,6 +13,7 @@ import torch
 import triton
 
 from ..formats import Format
+from .launch import launch
 from .matmul import matmul, prepare
 from .matvec import matvec, matvec_gated, matvec_three
 from .tiles import TILES, VECTOR
@@ -119,7 +120,9 @@ def gated_linear(
         _matmul(halves, factors, n_tokens, gate, up, None, None, out, "none", pick)
         return
     cut = _cut(pick, "matvec", gate, n_tokens)
-    matvec_gated[(triton.cdiv(gate.n_rows, cut.rows),)](
+    launch(
+        matvec_gated,
+        (triton.cdiv(gate.n_rows, cut.rows),),
         x,
         *_norm(norm),
         gate.words,
@@ -152,7 +155,9 @@ def _matvec(
 ) -> None:
     n_tokens = x.shape[0]
     cut = _cut(pick, "matvec", weight, n_tokens)
-    matvec[(triton.cdiv(weight.n_rows, cut.rows),)](
+    launch(
+        matvec,
+        (triton.cdiv(weight.n_rows, cut.rows),),
         x,
         *_norm(norm),
         weight.words,
@@ -187,7 +192,9 @@ def _matvec_three(
     cut = _cut(pick, "matvec", weights[0], n_tokens)
     absent = [None] * (TOGETHER - len(weights))
     rows = [w.n_rows for w in weights]
-    matvec_three[(sum(triton.cdiv(n, cut.rows) for n in rows),)](
+    launch(
+        matvec_three,
+        (sum(triton.cdiv(n, cut.rows) for n in rows),),
         x,
         *_norm(norm),
         *(w.words for w in weights),
@@ -223,7 +230,9 @@ def _prepare(x: torch.Tensor, norm: Norm | None, scratch: torch.Tensor | None) -
     halves = scratch[:n_bytes].view(torch.float16)
     factors = scratch[_align(n_bytes) :][: n_tokens * FLOAT].view(torch.float32)
     block = max(WARP, triton.next_power_of_2(n_cols))
-    prepare[(n_tokens,)](
+    launch(
+        prepare,
+        (n_tokens,),
         x,
         *_norm(norm),
         halves,
@@ -250,7 +259,9 @@ def _matmul(
     pick: Picker,
 ) -> None:
     cut = _cut(pick, "matmul_gated" if up else "matmul", weight, n_tokens)
-    matmul[(triton.cdiv(weight.n_rows, cut.rows) * triton.cdiv(n_tokens, cut.tokens),)](
+    launch(
+        matmul,
+        (triton.cdiv(weight.n_rows, cut.rows) * triton.cdiv(n_tokens, cut.tokens),),
         halves,
         factors,
         weight.words,

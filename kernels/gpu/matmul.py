@@ -117,7 +117,7 @@ def tile_products(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def matmul(
     halves,
     factors,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 NUMBERS = 2048  # that a program holds, at least: several rows when they are short
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm(x, other, weight, total, out, n_rows, eps, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
     """A program takes ROWS rows. With `other`, x + other is normalised and also written to `total`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -35,7 +36,7 @@ def _rms_norm(x, other, weight, total, out, n_rows, eps, D: tl.constexpr, D_PAD:
     tl.store(out + at, tile * factor[:, None] * scale[None, :], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm(x, weight, bias, out, n_rows, eps, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
     """A program takes ROWS rows. The variance is that of the differences from the mean: x^2 - mean^2 would cancel."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -80,7 +81,7 @@ def _launch_rms_norm(
     n_rows = x.numel() // d
     width, rows, warps = row_tile(d)
     grid = (triton.cdiv(n_rows, rows),)
-    _rms_norm[grid](x, other, weight, total, out, n_rows, eps, d, width, rows, num_warps=warps)
+    launch(_rms_norm, grid, x, other, weight, total, out, n_rows, eps, d, width, rows, num_warps=warps)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -89,7 +90,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
     n_rows = x.numel() // d
     width, rows, warps = row_tile(d)
     grid = (triton.cdiv(n_rows, rows),)
-    _layer_norm[grid](x, weight, bias, out, n_rows, eps, d, width, rows, num_warps=warps)
+    launch(_layer_norm, grid, x, weight, bias, out, n_rows, eps, d, width, rows, num_warps=warps)
 
 
 def static_cases() -> Iterator[Case]:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..formats import F16, F32, Q8_0
 from .cache import HEADS, GpuCache, cache_arguments, load_rows, store_rows
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -133,13 +134,13 @@ def _norm_rope_store(
         store_rows(out, None, row, wanted, tile, D, D_PAD)
     elif group < q_groups + kv_groups:
         head = (group - q_groups) * HEADS + tl.arange(0, HEADS)
-        wanted, row = head < n_kv_head, token * n_kv_head + head
+        wanted, row = head < tl.where(position >= 0, n_kv_head, 0), token * n_kv_head + head
         cosine, sine = find_turn(frequencies, position, D, D_PAD)
         tile = turn_rows(k, k_weight, cosine, sine, row, wanted, eps, D, D_PAD)
         store_rows(keys, keys_scales, position * n_kv_head + head, wanted, tile, D, D_PAD)
     else:
         head = (group - q_groups - kv_groups) * HEADS + tl.arange(0, HEADS)
-        wanted, row = head < n_kv_head, token * n_kv_head + head
+        wanted, row = head < tl.where(position >= 0, n_kv_head, 0), token * n_kv_head + head
         tile = load_rows(v, None, row, wanted, D, D_PAD)
         store_rows(values, values_scales, position * n_kv_head + head, wanted, tile, D, D_PAD)
 
@@ -174,7 +175,7 @@ def _launch(
     heads = min(HEADS, triton.next_power_of_2(n_head))
     grid = (n_tokens, triton.cdiv(n_head, heads))
     width = triton.next_power_of_2(d)
-    _rope[grid](x, weight, frequencies, positions, out, n_head, eps, d, width, heads, num_warps=WARPS)
+    launch(_rope, grid, x, weight, frequencies, positions, out, n_head, eps, d, width, heads, num_warps=WARPS)
 
 
 def norm_rope_store(
@@ -191,7 +192,7 @@ def norm_rope_store(
     values: GpuCache,
 ) -> None:
     """All that happens to q, k and v before attention, in one launch: out = norm_rope(q), norm_rope(k) to `keys` and v
-    to `values` at the positions. A weight that is None means no norm.
+    to `values` at the positions, -1 being nowhere. A weight that is None means no norm.
 
     q, out float32 [n_tokens, n_head, d_head], out not q; k, v float32 [n_tokens, n_kv_head, d_head].
     """
@@ -201,7 +202,21 @@ def norm_rope_store(
     grid = (n_tokens, triton.cdiv(n_head, heads) + 2 * triton.cdiv(n_kv_head, heads))
     planes = (keys.codes, keys.scales, values.codes, values.scales)
     sizes = (n_head, n_kv_head, eps, d, triton.next_power_of_2(d), heads)
-    _norm_rope_store[grid](q, k, v, q_weight, k_weight, frequencies, positions, out, *planes, *sizes, num_warps=WARPS)
+    launch(
+        _norm_rope_store,
+        grid,
+        q,
+        k,
+        v,
+        q_weight,
+        k_weight,
+        frequencies,
+        positions,
+        out,
+        *planes,
+        *sizes,
+        num_warps=WARPS,
+    )
 
 
 def static_cases() -> Iterator[Case]:

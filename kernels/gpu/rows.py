@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .static import Case
 from .tiles import TILES, VECTOR
 
@@ -62,7 +63,7 @@ def _get_rows(words, ids, out, n_rows, n_cols, DECODE: tl.constexpr, SHAPE: tl.c
             tl.store(out + token * n_cols + column, tl.where(exists, value, 0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _pick_rows(x, rows, index, out, n_rows, D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows of the result, blocks of columns). Where there is no x, an index that is no row gives zeros."""
     row = tl.program_id(0).to(tl.int64)
@@ -82,7 +83,7 @@ def get_rows(table: DeviceWeight, ids: torch.Tensor, out: torch.Tensor) -> None:
     shape = table.shape
     grid = (ids.numel(), triton.cdiv(table.n_cols, shape.weights * PIECES))
     sizes = (table.n_rows, table.n_cols, table.tile.decode, shape, PIECES)
-    _get_rows[grid](table.words, ids, out, *sizes, num_warps=DECODE_WARPS)
+    launch(_get_rows, grid, table.words, ids, out, *sizes, num_warps=DECODE_WARPS)
 
 
 def take_rows(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
@@ -103,7 +104,7 @@ def add_rows(x: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, out: torc
 def _launch_pick(x: torch.Tensor | None, rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     n_rows, d = rows.shape
     grid = (index.numel(), triton.cdiv(d, BLOCK))
-    _pick_rows[grid](x, rows, index, out, n_rows, d, add, BLOCK, num_warps=WARPS)
+    launch(_pick_rows, grid, x, rows, index, out, n_rows, d, add, BLOCK, num_warps=WARPS)
 
 
 # Element by element. What is done to a number is an argument.
@@ -134,7 +135,7 @@ def _gate(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_b"])
 def _map(a, b, out, n, n_b, FUNCTION: tl.constexpr, REPEAT: tl.constexpr, BLOCK: tl.constexpr):
     """out = FUNCTION(a, b); with REPEAT, b has n_b numbers and starts again and again."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -173,7 +174,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
 def _launch_map(function: Any, a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
     n = a.numel()
     n_b = n if b is None else b.numel()
-    _map[(triton.cdiv(n, BLOCK),)](a, b, out, n, n_b, function, n_b != n, BLOCK, num_warps=WARPS)
+    launch(_map, (triton.cdiv(n, BLOCK),), a, b, out, n, n_b, function, n_b != n, BLOCK, num_warps=WARPS)
 
 
 def static_cases() -> Iterator[Case]:

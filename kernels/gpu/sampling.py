@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .static import Case
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ def _argmax_pairs(maxima, indices, token, n_pairs, PAIRS: tl.constexpr):
 def argmax_blocks(logits: torch.Tensor, maxima: torch.Tensor, indices: torch.Tensor) -> None:
     """First stage: float32 logits [n] to pairs, maxima float32 and indices int32 [block_count(n)]."""
     n = logits.numel()
-    _argmax_blocks[(block_count(n),)](logits, maxima, indices, n, BLOCK, num_warps=WARPS)
+    launch(_argmax_blocks, (block_count(n),), logits, maxima, indices, n, BLOCK, num_warps=WARPS)
 
 
 def argmax_pairs(maxima: torch.Tensor, indices: torch.Tensor, token: torch.Tensor) -> None:
     """Second stage: pairs from any number of programs to token int32 [1], which becomes -1 if no logit is finite."""
-    _argmax_pairs[(1,)](maxima, indices, token, maxima.numel(), PAIRS, num_warps=WARPS)
+    launch(_argmax_pairs, (1,), maxima, indices, token, maxima.numel(), PAIRS, num_warps=WARPS)
 
 
 def block_count(n: int) -> int:
@@ -257,16 +258,30 @@ def draw(
     n, n_blocks = logits.numel(), block_count(logits.numel())
     weights, sums, state = scratch[:n], scratch[n : n + n_blocks * LIMITS], scratch[n + n_blocks * LIMITS :]
     blocks = triton.next_power_of_2(n_blocks)
-    _weigh[(n_blocks,)](logits, token, settings, weights, state, n, BLOCK, num_warps=WARPS)
+    launch(_weigh, (n_blocks,), logits, token, settings, weights, state, n, BLOCK, num_warps=WARPS)
     for mass in [False] * top_k + [True] * top_p:
         for turn, shift in enumerate(SHIFTS):
             sizes = (mass, LIMITS, BLOCK)
-            _tally[(n_blocks,)](logits, weights, state, sums, n, shift, *sizes, num_warps=TALLY_WARPS)
+            launch(_tally, (n_blocks,), logits, weights, state, sums, n, shift, *sizes, num_warps=TALLY_WARPS)
             sizes = (mass, turn == 0, LIMITS, blocks)
-            _narrow[(1,)](sums, state, settings, n, n_blocks, shift, *sizes, num_warps=TALLY_WARPS)
-    _survivors[(n_blocks,)](logits, weights, state, settings, sums, n, BLOCK, num_warps=WARPS)
-    _draw[(1,)](
-        logits, weights, state, settings, sums, uniform, step, token, n, n_blocks, BLOCK, blocks, num_warps=WARPS
+            launch(_narrow, (1,), sums, state, settings, n, n_blocks, shift, *sizes, num_warps=TALLY_WARPS)
+    launch(_survivors, (n_blocks,), logits, weights, state, settings, sums, n, BLOCK, num_warps=WARPS)
+    launch(
+        _draw,
+        (1,),
+        logits,
+        weights,
+        state,
+        settings,
+        sums,
+        uniform,
+        step,
+        token,
+        n,
+        n_blocks,
+        BLOCK,
+        blocks,
+        num_warps=WARPS,
     )
 
 
@@ -282,7 +297,7 @@ def _penalise(logits, seen, settings, n, BLOCK: tl.constexpr):
     tl.store(logits + i, tl.where(tl.load(seen + i, mask=i < n, other=0) != 0, changed, x), mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_history"])
 def _advance(found, token, history, seen, position, step, n_history, n):
     chosen, now = tl.load(found), tl.load(step)
     tl.store(token, chosen)
@@ -296,7 +311,7 @@ def _advance(found, token, history, seen, position, step, n_history, n):
 def penalise(logits: torch.Tensor, seen: torch.Tensor, settings: torch.Tensor) -> None:
     """Changes logits float32 [n] where seen uint8 [n] is not 0: divided by the penalty above 0, else multiplied."""
     n = logits.numel()
-    _penalise[(block_count(n),)](logits, seen, settings, n, BLOCK, num_warps=WARPS)
+    launch(_penalise, (block_count(n),), logits, seen, settings, n, BLOCK, num_warps=WARPS)
 
 
 def advance(
@@ -310,7 +325,7 @@ def advance(
     """Ends a step: token = history[step] = found, seen[found] = 1, position and step one further; `found` may be the
     token itself. All int32 but seen, uint8."""
     n = 0 if seen is None else seen.numel()
-    _advance[(1,)](found, token, history, seen, position, step, history.numel(), n, num_warps=1)
+    launch(_advance, (1,), found, token, history, seen, position, step, history.numel(), n, num_warps=1)
 
 
 def static_cases() -> Iterator[Case]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .cache import load_rows
+from .launch import launch
 from .softmax import HIDDEN, attend_tile, score_scale
 from .static import Case
 
@@ -22,7 +23,7 @@ ROWS, KEYS = 64, 64  # queries of a program, keys of a step: a window of the enc
 WARPS, STAGES = 4, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _window_attention(
     queries,
     keys,
@@ -73,7 +74,9 @@ def window_attention(
     n_windows, n_tokens, n_head, d = q.shape
     grid = (triton.cdiv(n_tokens, ROWS), n_head, n_windows)
     width = max(16, triton.next_power_of_2(d))
-    _window_attention[grid](
+    launch(
+        _window_attention,
+        grid,
         q,
         k,
         v,
