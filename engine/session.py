@@ -368,9 +368,9 @@ def load(
 
     `backend`: "cuda", "cpu", "reference", or "auto": the GPU if there is one that can be used, else the CPU. `threads`:
     None uses all cores. `n_ctx`: context in tokens, None for the model's maximum. `kv_type`: "f32", "f16" or "q8_0",
-    None for the backend's choice. `precision`: "auto", "exact" or "bf16", see `backends/cpu.py`. `lora`: adapters, each
-    a path or "path:scale". `memory`: bytes that a request must do with, see `memory.find_fit`; a request that cannot
-    raises ContextError. `poison`: for tests, see `Program`.
+    None for the backend's choice. `precision`: "auto", "exact" or "bf16", see `backends/cpu.py` and `cuda.py`. `lora`:
+    adapters, each a path or "path:scale". `memory`: bytes that a request must do with, see `memory.find_fit`; a request
+    that cannot raises ContextError. `poison`: for tests, see `Program`.
     Raises GGUFError, ModelError (LoraError for an adapter), TokenizerError, BackendError or OptionError, each one line.
     """
     file = open_gguf(path)

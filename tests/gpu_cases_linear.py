@@ -43,7 +43,7 @@ def case(run: Callable[[], float], name: str) -> None:
 def pick(kernel: str, format_name: str, n_tokens: int, n_rows: int, n_cols: int) -> Config:
     """Small tiles, so that a case has several programs, a last one that is not full, and few enough for a test."""
     if kernel == "matvec":
-        return Config(rows=8, cols=256, tokens=8, warps=4, stages=1)
+        return Config(rows=8, cols=256, tokens=8, warps=4, stages=2)
     return Config(rows=32, cols=128, tokens=32 if n_tokens > 16 else 16, warps=4, stages=1)
 
 
@@ -108,6 +108,7 @@ def run_linear(
     residual: bool = False,
     gelu: bool = False,
     large: bool = False,
+    exact: bool = False,
 ) -> float:
     """`parts`: type and rows of each weight. `large`: a channel of x of 1e5, as residual streams have."""
     rng = rng_of(name)
@@ -136,6 +137,7 @@ def run_linear(
             residual=tensor(added) if residual else None,
             epilogue="gelu" if gelu else "none",
             scratch=poisoned_scratch(n_tokens, n_cols),
+            exact=exact,
             pick=pick,
         )
         runs.append(outs)
@@ -173,7 +175,8 @@ def run_best(name: str, fmt: Format, n_tokens: int, n_rows: int, n_cols: int) ->
     logits = x.astype(np.float64) @ dequantize(rows, fmt).astype(np.float64).T
     n = best_programs(weight, n_tokens, pick)
     best = Best(poisoned(n, n_tokens), torch.full((n, n_tokens), -1, dtype=torch.int32, device=DEVICE))
-    linear(tensor(x), [weight], [None], [None], best=best, pick=pick)
+    scratch = poisoned_scratch(n_tokens, n_cols)
+    linear(tensor(x), [weight], [None], [None], best=best, scratch=scratch, exact=True, pick=pick)
     first = best.values.argmax(0)
     found = best.indices[first, torch.arange(n_tokens, device=DEVICE)]
     assert found.tolist() == logits[:, : n_rows // 2].argmax(1).tolist(), f"{found=}"

@@ -14,6 +14,7 @@ log = logging.getLogger("auricle.backends")
 
 BACKENDS = ("cpu", "reference")  # that run on every machine
 CHOICES = ("auto", "cpu", "cuda", "reference")
+CARD_PRECISIONS = ("auto", "exact")
 
 
 class BackendError(AuricleError):
@@ -23,8 +24,8 @@ class BackendError(AuricleError):
 def find_backend(name: str, precision: str | None = None) -> Backend:
     """The backend called `name`; its libraries are imported now, not before.
 
-    `auto` is `cuda` where that runs, else `cpu`. `precision`: one of `cpu.PRECISIONS`, None for `auto`; the other
-    backends have one only. Raises BackendError, one line.
+    `auto` is `cuda` where that runs and has the precision, else `cpu`. `precision`: one of `cpu.PRECISIONS`, with
+    `cuda` of `CARD_PRECISIONS`, None for `auto`; the reference has `exact` only. Raises BackendError, one line.
     """
     if name not in CHOICES:
         raise BackendError(f"no backend {name!r}; there are: {', '.join(CHOICES)}")
@@ -34,15 +35,15 @@ def find_backend(name: str, precision: str | None = None) -> Backend:
         from .reference import BACKEND
 
         return BACKEND
-    if name == "cuda" or (name == "auto" and precision is None and has_card()):
-        if precision not in (None, "auto"):
-            raise BackendError(f"--precision {precision} is for the cpu backend; leave it out with cuda")
+    if name == "cuda" or (name == "auto" and precision in (None, *CARD_PRECISIONS) and has_card()):
+        if precision not in (None, *CARD_PRECISIONS):
+            raise BackendError(f"--precision is {precision!r}; on cuda it must be one of: {', '.join(CARD_PRECISIONS)}")
         from .cuda_device import check_cuda
 
         check_cuda()
         from .cuda import first_card
 
-        return first_card()
+        return first_card(precision or "auto")
     from .cpu import PRECISIONS, make_backend
 
     if precision is not None and precision not in PRECISIONS:

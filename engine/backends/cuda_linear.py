@@ -24,10 +24,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
-def bind_wide_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor | None, pick: Picker) -> Call:
+def bind_wide_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor, exact: bool, pick: Picker) -> Call:
     x, weights, biases = rows_of(inputs[0]), inputs[2], inputs[3]
     outs = [rows_of(out) for out in outputs if len(out.shape) > 1]
-    shared = {"norm": norm_of(inputs[1], node.attrs["eps"]), "scratch": scratch, "pick": pick}
+    shared = {"norm": norm_of(inputs[1], node.attrs["eps"]), "scratch": scratch, "exact": exact, "pick": pick}
     if node.attrs["close"] == "gate":
         return record(gated_linear, x, *weights, outs[0], **shared)
     if node.attrs["close"] == "argmax":
@@ -39,8 +39,9 @@ def bind_wide_linear(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor 
 def bind_argmax(
     x: Tensor, weights: Sequence[DeviceWeight], biases: Sequence[Tensor | None], token: Tensor, shared: dict[str, Any]
 ) -> Call:
-    """The product's outputs are not kept: each program leaves the largest of its own in the scratch."""
-    n, pairs = best_programs(weights[0], 1, shared["pick"]), shared.pop("scratch").view(2, -1)
+    """The product's outputs are not kept: each program leaves the largest of its own at the end of the scratch."""
+    n = best_programs(weights[0], 1, shared["pick"])
+    pairs = shared["scratch"][scratch_bytes(*x.shape) :].view(2, -1)
     best = Best(pairs[0].view(torch.float32)[:n, None], pairs[1].view(torch.int32)[:n, None])
 
     def choose() -> None:
@@ -59,12 +60,13 @@ def norm_of(operands: tuple[Tensor, ...] | None, eps: float) -> Norm | None:
 
 def wide_linear_bytes(node: Node) -> int:
     x = node.inputs[0]
-    if node.attrs["close"] == "argmax":
-        return 8 * node.inputs[2][0].shape[0]  # a pair for each row: more than there are programs
     n_cols = x.shape[-1]
-    return scratch_bytes(x.size // n_cols, n_cols)
+    pairs = 0
+    if node.attrs["close"] == "argmax":
+        pairs = 8 * node.inputs[2][0].shape[0]  # one for each row: more than there are programs
+    return scratch_bytes(x.size // n_cols, n_cols) + pairs
 
 
-def linear_kernels(pick: Picker) -> dict[str, Kernel]:
-    """`pick`: how products are cut on a card."""
-    return {"wide_linear": Kernel(partial(bind_wide_linear, pick=pick), wide_linear_bytes)}
+def linear_kernels(exact: bool, pick: Picker) -> dict[str, Kernel]:
+    """`exact`: a few tokens are not rounded to bytes; `pick`: how products are cut on a card."""
+    return {"wide_linear": Kernel(partial(bind_wide_linear, exact=exact, pick=pick), wide_linear_bytes)}

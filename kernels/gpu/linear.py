@@ -13,16 +13,18 @@ import torch
 import triton
 
 from ..formats import Format
+from .activations import COLS, padded_cols, prepare_few, record_words
 from .launch import launch
 from .matmul import matmul, prepare
 from .matvec import matvec, matvec_gated, matvec_three
-from .tiles import TILES, VECTOR
-from .tune import Config, pick
+from .tiles import TILES
+from .tune import FEW, PASS, Config, ahead_of, lanes_of, pick
+from .units import Unit
 from .weights import DeviceWeight
 
-FEW = 8  # tokens that the mat-vec takes
-TOGETHER = 3  # weights that it takes in one launch
+TOGETHER = 3  # weights that the mat-vec takes in one launch
 WARP = 32  # threads
+CHUNK = 16  # records that a program prepares where there is no norm
 HALF, FLOAT = 2, 4  # bytes
 ALIGN = 16  # bytes
 
@@ -53,15 +55,15 @@ class Best:
 
 
 def scratch_bytes(n_tokens: int, n_cols: int) -> int:
-    """Scratch that `linear` and `gated_linear` need: the prepared tokens of a mat-mat; none for a few tokens."""
+    """Scratch that `linear` and `gated_linear` need: the prepared tokens, whatever the types of the weights."""
     if n_tokens <= FEW:
-        return 0
+        return _tokens_of(n_tokens) * (record_words(n_cols) + padded_cols(n_cols)) * FLOAT
     return _align(n_tokens * pitch_of(n_cols) * HALF) + _align(n_tokens * FLOAT)
 
 
 def best_programs(weight: DeviceWeight, n_tokens: int, pick: Picker = pick) -> int:
     """Rows of `Best` that a product with `weight` writes."""
-    return triton.cdiv(weight.n_rows, _cut(pick, "matvec", weight, n_tokens).rows)
+    return triton.cdiv(weight.n_rows, _cut_few(pick, (weight,), n_tokens).rows)
 
 
 def linear(
@@ -73,15 +75,17 @@ def linear(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
     epilogue: str = "none",
-    scratch: torch.Tensor | None = None,
+    scratch: torch.Tensor,
     best: Best | None = None,
+    exact: bool = False,
     pick: Picker = pick,
 ) -> None:
     """outs[i] = x weights[i]^T + biases[i], after `norm` of x, then the epilogue ("none" or "gelu"), then + residual.
 
     x float32 [n_tokens, n_cols]; biases [n_rows]; outs and residual [n_tokens, n_rows], contiguous; `residual` may be
     the out itself. `scratch`: uint8, `scratch_bytes` of it. Residual, epilogue and `best` are for one weight; with
-    `best`, which is for up to 8 tokens, an out may be None.
+    `best`, which is for up to 16 tokens, an out may be None. `exact`: up to 16 tokens are multiplied in float32, where
+    they are rounded to bytes else (quantised weights); more are rounded to f16 in any case.
     """
     assert epilogue in ("none", "gelu"), f"{epilogue=}"
     assert len(weights) == 1 or (residual is None and best is None and epilogue == "none"), f"{len(weights)} weights"
@@ -91,15 +95,14 @@ def linear(
         halves, factors = _prepare(x, norm, scratch)
         for weight, bias, out in zip(weights, biases, outs, strict=True):
             _matmul(halves, factors, n_tokens, weight, None, bias, residual, out, epilogue, pick)
-    elif len(weights) == 1:
-        _matvec(x, weights[0], biases[0], outs[0], norm, residual, epilogue, best, pick)
-    else:
-        for first in range(0, len(weights), TOGETHER):
-            part = slice(first, first + TOGETHER)
-            if len(weights[part]) == 1:
-                _matvec(x, weights[first], biases[first], outs[first], norm, None, epilogue, None, pick)
-            else:
-                _matvec_three(x, weights[part], biases[part], outs[part], norm, pick)
+        return
+    tokens = _prepare_few(x, norm, weights, scratch, exact)
+    for first in range(0, len(weights), TOGETHER):
+        part = slice(first, first + TOGETHER)
+        if len(weights[part]) == 1:
+            _matvec(tokens, weights[first], biases[first], outs[first], residual, epilogue, best, pick)
+        else:
+            _matvec_three(tokens, weights[part], biases[part], outs[part], pick)
 
 
 def gated_linear(
@@ -109,7 +112,8 @@ def gated_linear(
     out: torch.Tensor,
     *,
     norm: Norm | None = None,
-    scratch: torch.Tensor | None = None,
+    scratch: torch.Tensor,
+    exact: bool = False,
     pick: Picker = pick,
 ) -> None:
     """out [n_tokens, n_rows] = silu(x gate^T) * (x up^T), after `norm` of x; see `linear`."""
@@ -119,47 +123,121 @@ def gated_linear(
         halves, factors = _prepare(x, norm, scratch)
         _matmul(halves, factors, n_tokens, gate, up, None, None, out, "none", pick)
         return
-    cut = _cut(pick, "matvec", gate, n_tokens)
+    tokens = _prepare_few(x, norm, (gate, up), scratch, exact)
+    cut = _cut_few(pick, (gate, up), n_tokens)
+    operands = [tokens.operand(w, cut) for w in (gate, up)]
     launch(
         matvec_gated,
-        (triton.cdiv(gate.n_rows, cut.rows),),
-        x,
-        *_norm(norm),
+        (tokens.passes * triton.cdiv(gate.n_rows, cut.rows),),
+        *(o.x for o in operands),
         gate.words,
         up.words,
         out,
         gate.n_rows,
-        *(w.tile.decode for w in (gate, up)),
-        *(w.shape for w in (gate, up)),
-        N_COLS=n_cols,
-        NORM=norm.kind if norm else "none",
-        TOKENS=n_tokens,
-        ROWS=cut.rows,
-        PIECES0=few_pieces_of(gate.format, cut),
-        PIECES1=few_pieces_of(up.format, cut),
+        n_tokens,
+        *(w.kind.decode for w in (gate, up)),
+        *(o.unit for o in operands),
+        n_cols,
+        *(o.pitch for o in operands),
+        tokens.passes,
+        tokens.at_once,
+        cut.rows,
+        *(o.lanes for o in operands),
+        *(o.ahead for o in operands),
         num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_stages=1,
     )
 
 
+@dataclass(frozen=True)
+class Operand:
+    """Prepared tokens as one weight meets them: `pitch` words from one to the next; and how its rows are shared out."""
+
+    x: torch.Tensor
+    unit: Unit
+    pitch: int
+    lanes: int
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Up to 16 tokens prepared for the mat-vec, `at_once` in a pass: `records` int32 and `floats` float32, of which
+    only what the weights need is filled. `n` tokens are real, the rest repeat the last."""
+
+    n: int
+    n_cols: int
+    records: torch.Tensor
+    floats: torch.Tensor
+    exact: bool
+
+    @property
+    def at_once(self) -> int:
+        return min(PASS, _tokens_of(self.n))
+
+    @property
+    def passes(self) -> int:
+        return triton.cdiv(self.n, PASS)
+
+    def operand(self, weight: DeviceWeight, cut: Config) -> Operand:
+        unit = weight.kind.matrix(weight.n_cols, self.exact)
+        x, pitch = (
+            (self.records, record_words(self.n_cols)) if unit.rounded else (self.floats, padded_cols(self.n_cols))
+        )
+        lanes = lanes_of(cut, unit.weights)
+        return Operand(x, unit, pitch, lanes, ahead_of(cut, unit.weights, self.n_cols))
+
+
+def _tokens_of(n_tokens: int) -> int:
+    """Tokens that are prepared: a power of two, so that a kernel is compiled for few numbers of them."""
+    return triton.next_power_of_2(n_tokens)
+
+
+def _prepare_few(
+    x: torch.Tensor, norm: Norm | None, weights: Sequence[DeviceWeight], scratch: torch.Tensor, exact: bool
+) -> Tokens:
+    """The tokens in the forms that the weights need, in the scratch."""
+    n_tokens, n_cols = x.shape
+    needed, n_records, padded = scratch_bytes(n_tokens, n_cols), record_words(n_cols), padded_cols(n_cols)
+    assert scratch.numel() >= needed, f"{scratch.numel()=} {needed=}"
+    n_prepared = _tokens_of(n_tokens)
+    records = scratch[: n_prepared * n_records * FLOAT].view(torch.int32)
+    floats = scratch[n_prepared * n_records * FLOAT : needed].view(torch.float32)
+    rounded = {w.kind.unit.coded and not exact for w in weights}
+    chunk = triton.next_power_of_2(padded // COLS.value) if norm else CHUNK
+    launch(
+        prepare_few,
+        (n_prepared, triton.cdiv(padded // COLS.value, chunk)),
+        x,
+        *_norm(norm),
+        records if True in rounded else None,
+        floats if False in rounded else None,
+        n_tokens,
+        N_COLS=n_cols,
+        PADDED=padded,
+        NORM=norm.kind if norm else "none",
+        CHUNK=chunk,
+        num_warps=8 if norm else 4,
+    )
+    return Tokens(n_tokens, n_cols, records, floats, exact)
+
+
 def _matvec(
-    x: torch.Tensor,
+    tokens: Tokens,
     weight: DeviceWeight,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
-    norm: Norm | None,
     residual: torch.Tensor | None,
     epilogue: str,
     best: Best | None,
     pick: Picker,
 ) -> None:
-    n_tokens = x.shape[0]
-    cut = _cut(pick, "matvec", weight, n_tokens)
+    cut = _cut_few(pick, (weight,), tokens.n)
+    o = tokens.operand(weight, cut)
     launch(
         matvec,
-        (triton.cdiv(weight.n_rows, cut.rows),),
-        x,
-        *_norm(norm),
+        (tokens.passes * triton.cdiv(weight.n_rows, cut.rows),),
+        o.x,
         weight.words,
         bias,
         residual,
@@ -167,36 +245,39 @@ def _matvec(
         best.values if best else None,
         best.indices if best else None,
         weight.n_rows,
-        weight.tile.decode,
-        weight.shape,
+        tokens.n,
+        weight.kind.decode,
+        o.unit,
         N_COLS=weight.n_cols,
-        NORM=norm.kind if norm else "none",
+        PITCH=o.pitch,
         GELU=epilogue == "gelu",
-        TOKENS=n_tokens,
+        PASSES=tokens.passes,
+        TOKENS=tokens.at_once,
         ROWS=cut.rows,
-        PIECES=few_pieces_of(weight.format, cut),
+        LANES=o.lanes,
+        AHEAD=o.ahead,
         num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_stages=1,
     )
 
 
 def _matvec_three(
-    x: torch.Tensor,
+    tokens: Tokens,
     weights: Sequence[DeviceWeight],
     biases: Sequence[torch.Tensor | None],
     outs: Sequence[torch.Tensor | None],
-    norm: Norm | None,
     pick: Picker,
 ) -> None:
-    n_tokens = x.shape[0]
-    cut = _cut(pick, "matvec", weights[0], n_tokens)
+    """Two or three weights."""
+    cut = _cut_few(pick, weights, tokens.n)
     absent = [None] * (TOGETHER - len(weights))
     rows = [w.n_rows for w in weights]
+    operands = [tokens.operand(w, cut) for w in weights]
     launch(
         matvec_three,
-        (sum(triton.cdiv(n, cut.rows) for n in rows),),
-        x,
-        *_norm(norm),
+        (tokens.passes * sum(triton.cdiv(n, cut.rows) for n in rows),),
+        *(o.x for o in operands),
+        *absent,
         *(w.words for w in weights),
         *absent,
         *biases,
@@ -205,26 +286,30 @@ def _matvec_three(
         *absent,
         *rows,
         *absent,
-        *(w.tile.decode for w in weights),
+        tokens.n,
+        *(w.kind.decode for w in weights),
         *absent,
-        *(w.shape for w in weights),
+        *(o.unit for o in operands),
         *absent,
-        weights[0].n_cols,
-        norm.kind if norm else "none",
-        n_tokens,
+        tokens.n_cols,
+        *(o.pitch for o in operands),
+        *absent,
+        tokens.passes,
+        tokens.at_once,
         cut.rows,
-        *(few_pieces_of(w.format, cut) for w in weights),
+        *(o.lanes for o in operands),
+        *absent,
+        *(o.ahead for o in operands),
         *absent,
         num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_stages=1,
     )
 
 
-def _prepare(x: torch.Tensor, norm: Norm | None, scratch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _prepare(x: torch.Tensor, norm: Norm | None, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens as f16 and their factors, in the scratch."""
     n_tokens, n_cols = x.shape
     pitch, needed = pitch_of(n_cols), scratch_bytes(n_tokens, n_cols)
-    assert scratch is not None, f"{needed} bytes of scratch are needed"
     assert scratch.numel() >= needed, f"{scratch.numel()=} {needed=}"
     n_bytes = n_tokens * pitch * HALF
     halves = scratch[:n_bytes].view(torch.float16)
@@ -291,15 +376,14 @@ def _cut(pick: Picker, kernel: str, weight: DeviceWeight, n_tokens: int) -> Conf
     return pick(kernel, weight.format.name, n_tokens, weight.n_rows, weight.n_cols)
 
 
+def _cut_few(pick: Picker, weights: Sequence[DeviceWeight], n_tokens: int) -> Config:
+    """The cut of the weight with the fewest lanes, whose rows are enough for the threads of the others too."""
+    return _cut(pick, "matvec", max(weights, key=lambda w: w.kind.unit.weights), n_tokens)
+
+
 def pieces_of(fmt: Format, cut: Config) -> int:
     """Pieces of a row that a mat-mat takes at once; a power of two."""
     return max(1, cut.cols // TILES[fmt].shape.weights)
-
-
-def few_pieces_of(fmt: Format, cut: Config) -> int:
-    """As `pieces_of`, for the mat-vec: so few that there are twice as many threads as words of a row. Then Triton has
-    every thread load the activations that it needs; else they would be handed around through shared memory."""
-    return min(pieces_of(fmt, cut), cut.warps * WARP // (2 * VECTOR.value))
 
 
 def _norm(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:

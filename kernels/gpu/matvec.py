@@ -1,14 +1,18 @@
-"""Weights times a few tokens (1 to 8): every weight is read once, decoded in registers, and meets all tokens.
+"""Weights times a few tokens (1 to 16): every weight is read once, decoded in registers, and meets up to 8 tokens.
 
-A program takes ROWS rows, PIECES pieces of each at a time (see `tiles.py`). A thread sums what its own pieces give, and
-scales the sum of a run rather than each weight of it:
+A program takes ROWS rows. LANES threads share a row, each takes a unit of it (see `units.py`) at a time, and a thread
+may have several rows, which then meet tokens that are loaded once. Tokens come prepared (see `activations.py`), so that
+nothing is loaded of them but 16 bytes at a time. Rounded to bytes, they are multiplied four at a time in integers; the
+scale of a run of weights multiplies the sum of the run, and what a minimum multiplies is known already:
 
     sum((scale * code - minimum) * x) = scale * sum(code * x) - minimum * sum(x)
 
-Threads are added up once, at the end, in an order that is always the same, so equal inputs give equal bits.
+The lanes of a row are added up once, at the end. Which sums are made in which order depends on the matrix alone, and
+products are joined to sums by `fma` where that is meant and nowhere else, so equal inputs give equal bits, whatever
+other tokens are there.
 
-Fused before the product: RMSNorm or LayerNorm of x. Fused after it: bias, GELU, residual, the SiLU gate, and the
-largest output of a program's rows. Up to three weights share a launch, each of its own type. Sums are float32, as x is.
+Fused after the product: bias, GELU, residual, the SiLU gate, and the largest output of a program's rows. Up to three
+weights share a launch, each of its own type. Sums are float32.
 """
 
 from __future__ import annotations
@@ -16,167 +20,142 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import PIECES_FIRST, VECTOR, by_piece, by_row
-
-STATISTICS: tl.constexpr = tl.constexpr(1024)  # columns that a program looks at at once, for LayerNorm
+from .activations import COLS, RECORD
+from .vectors import add_dot, as_float, load_four
 
 
 @triton.jit
-def zeros(TOKENS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, WORDS: tl.constexpr):
+def zeros(TOKENS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """A tile of zeros for each token."""
     tiles = ()
     for _ in tl.static_range(TOKENS):
-        if PIECES_FIRST:
-            tile = tl.zeros((PIECES, ROWS, WORDS), tl.float32)
-        else:
-            tile = tl.zeros((ROWS, PIECES, WORDS), tl.float32)
-        tiles += (tile,)
+        tiles += (tl.zeros((ROWS, LANES), tl.float32),)
     return tiles
 
 
 @triton.jit
-def sum_rows(tile):
-    """The sums of the rows of a tile: [ROWS]."""
-    return tl.sum(tl.sum(tile, 2), 0) if PIECES_FIRST else tl.sum(tl.sum(tile, 2), 1)
+def add_rounded(total, codes, scales, minima, factor, record, UNIT: tl.constexpr):
+    """total + the products of units [ROWS, LANES] and a token's records [1, LANES]."""
+    WEIGHTS: tl.constexpr = UNIT.weights
+    SIGNED: tl.constexpr = UNIT.signed
+    HALVES: tl.constexpr = UNIT.halves
+    part = total
+    if HALVES:
+        part = tl.zeros(total.shape, tl.float32)
+    for r in tl.static_range(WEIGHTS // COLS):
+        x_scales = load_four(record, r * RECORD + 16)
+        offsets = load_four(record, r * RECORD + 20) if HALVES else (0, 0, 0, 0)
+        for g in tl.static_range(2):
+            x = load_four(record, r * RECORD + 8 * g) + load_four(record, r * RECORD + 8 * g + 4)
+            dots = ()
+            for h in tl.static_range(2):
+                dot = offsets[2 * g + h] if HALVES else (dots[0] if h > 0 else 0)
+                if HALVES:
+                    dot = dot.to(tl.int32, bitcast=True)
+                for i in tl.static_range(4):
+                    dot = add_dot(dot, codes[r * 16 + g * 8 + h * 4 + i], x[4 * h + i], SIGNED)
+                dots += (dot,)
+            if HALVES:
+                dot = dots[0] * scales[r * 4 + g * 2] + dots[1] * scales[r * 4 + g * 2 + 1]
+                part = tl.fma(dot.to(tl.float32), as_float(x_scales[g]), part)
+            else:
+                part = tl.fma(dots[1].to(tl.float32) * as_float(x_scales[g]), scales[r * 2 + g], part)
+                if len(minima) > 0:
+                    part = tl.fma(as_float(x_scales[2 + g]), -minima[r * 2 + g], part)
+    return tl.fma(part, factor, total) if HALVES else part
 
 
 @triton.jit
-def moments(x, eps, N_COLS: tl.constexpr):
-    """Mean, and one over the standard deviation, of a token: in two passes, since a mean can be large."""
-    column = tl.arange(0, STATISTICS)
-    total = tl.zeros((STATISTICS,), tl.float32)
-    for first in range(0, N_COLS, STATISTICS):
-        total += tl.load(x + first + column, mask=first + column < N_COLS, other=0.0)
-    mean = tl.sum(total, 0) / N_COLS
-    squares = tl.zeros((STATISTICS,), tl.float32)
-    for first in range(0, N_COLS, STATISTICS):
-        inside = first + column < N_COLS
-        d = tl.where(inside, tl.load(x + first + column, mask=inside, other=0.0) - mean, 0.0)
-        squares += d * d
-    return mean, tl.rsqrt(tl.sum(squares, 0) / N_COLS + eps)
-
-
-@triton.jit
-def all_moments(x, eps, N_COLS: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr):
-    """(mean, 1 / deviation) of each token, where the norm needs them before the product."""
-    means, factors = (), ()
-    for t in tl.static_range(TOKENS):
-        if NORM == "layer":
-            mean, factor = moments(x + t * N_COLS, eps, N_COLS)
-        else:
-            mean, factor = 0.0, 1.0
-        means += (mean,)
-        factors += (factor,)
-    return means, factors
-
-
-@triton.jit
-def load_columns(vector, column, N_COLS: tl.constexpr, SHAPE: tl.constexpr, EVEN: tl.constexpr):
-    """What a vector of N_COLS numbers has for each of the codes of a piece: tensors [1, PIECES, 4], in their order.
-
-    Small tensors, so that Triton has every thread load what it needs instead of passing it around.
-    """
-    RUNS: tl.constexpr = SHAPE.runs
-    PER_WORD: tl.constexpr = SHAPE.per_word
+def float_codes(words, N: tl.constexpr, UNIT: tl.constexpr):
+    """The four codes of word N, or four plain numbers, as float32."""
+    CODED: tl.constexpr = UNIT.coded
+    SIGNED: tl.constexpr = UNIT.signed
     values = ()
-    for r in tl.static_range(RUNS):
-        for e in tl.static_range(PER_WORD):
-            at = column + (r * SHAPE.next_run + e)
-            values += (tl.load(vector + at) if EVEN else tl.load(vector + at, mask=at < N_COLS, other=0.0),)
+    for e in tl.static_range(4):
+        if not CODED:
+            value = words[4 * N + e]
+        elif SIGNED:
+            value = ((words[N].to(tl.int32, bitcast=True) << (24 - 8 * e)) >> 24).to(tl.float32)
+        else:
+            value = ((words[N] >> (8 * e)) & 255).to(tl.float32)
+        values += (value,)
     return values
 
 
 @triton.jit
-def dot_piece(codes, scales, minima, values, SHAPE: tl.constexpr):
-    """The products of pieces and one token: [ROWS, PIECES, 1]."""
-    RUNS: tl.constexpr = SHAPE.runs
-    PER_WORD: tl.constexpr = SHAPE.per_word
-    total = 0.0
-    for r in tl.static_range(RUNS):
-        plain = values[r * PER_WORD]
-        dot = codes[r * PER_WORD] * (plain * 2.0 ** (0 - SHAPE.run_shift * r))
-        for e in tl.static_range(1, PER_WORD):
-            v = values[r * PER_WORD + e]
-            dot += codes[r * PER_WORD + e] * (v * 2.0 ** (0 - SHAPE.code_shift * e - SHAPE.run_shift * r))
-            plain += v
-        total += dot * scales[r] if len(scales) > 0 else dot
-        if len(minima) > 0:
-            total -= plain * minima[r]
-    return tl.sum(total, 2, keep_dims=True)
-
-
-@triton.jit
-def normalise(values, gains, shifts, mean, factor, NORM: tl.constexpr, N: tl.constexpr):
-    """The N values of a token after the norm; RMSNorm's factor comes later. Also the sum of their squares before it."""
-    results = ()
-    squares = 0.0
-    for i in tl.static_range(N):
-        v = values[i]
-        if NORM == "rms":
-            squares += v * v
-            v = v * gains[i]
-        if NORM == "layer":
-            v = (v - mean) * factor * gains[i] + shifts[i]
-        results += (v,)
-    return results, squares
+def add_floats(total, codes, scales, minima, factor, x, UNIT: tl.constexpr):
+    """As `add_rounded`, with a token's columns as they are."""
+    WEIGHTS: tl.constexpr = UNIT.weights
+    HALVES: tl.constexpr = UNIT.halves
+    RUN: tl.constexpr = WEIGHTS // len(scales) if len(scales) > 0 else WEIGHTS
+    for r in tl.static_range(WEIGHTS // RUN):
+        dot, plain = 0.0, 0.0
+        for i in tl.static_range(RUN // 4):
+            values = load_four(x, r * RUN + 4 * i)
+            numbers = float_codes(codes, r * (RUN // 4) + i, UNIT)
+            for e in tl.static_range(4):
+                dot = tl.fma(numbers[e], as_float(values[e]), dot)
+                plain += as_float(values[e])
+        if HALVES:
+            scale = scales[r].to(tl.float32) * factor
+            total = tl.fma(plain, scale * -32.0, tl.fma(dot, scale, total))
+        elif len(scales) > 0:
+            total = tl.fma(dot, scales[r], total)
+            if len(minima) > 0:
+                total = tl.fma(plain, -minima[r], total)
+        else:
+            total += dot
+    return total
 
 
 @triton.jit
 def products(
     x,
-    gain,
-    shift,
-    eps,
     w,
     first_row,
     n_rows,
     DECODE: tl.constexpr,
-    SHAPE: tl.constexpr,
+    UNIT: tl.constexpr,
     N_COLS: tl.constexpr,
-    NORM: tl.constexpr,
+    PITCH: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """A matrix's rows from `first_row` on, times all tokens: a float32 [ROWS] for each token.
 
-    Rows that the matrix does not have repeat its last. RMSNorm costs no pass of its own: its root only scales the
-    result, so the squares are summed up on the way.
+    Rows that the matrix does not have repeat its last. `AHEAD`: units that a thread has in flight.
     """
-    WEIGHTS: tl.constexpr = SHAPE.weights
-    STRIDE: tl.constexpr = SHAPE.stride
-    PLANES: tl.constexpr = SHAPE.planes
-    N: tl.constexpr = SHAPE.runs * SHAPE.per_word
-    N_PIECES: tl.constexpr = (N_COLS + WEIGHTS - 1) // WEIGHTS
-    EVEN: tl.constexpr = N_COLS % (WEIGHTS * PIECES) == 0
-    means, factors = all_moments(x, eps, N_COLS, TOKENS, NORM)
-    row = tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1)
-    words = w + by_row(row * STRIDE)
-    word = tl.arange(0, VECTOR)[None, None, :]
-    sums = zeros(TOKENS, ROWS, PIECES, 1)
-    squares = zeros(TOKENS, 1, PIECES, VECTOR)
-    for first in range(0, N_PIECES, PIECES):
-        piece = first + by_piece(tl.arange(0, PIECES))
-        column = piece // 2 * (2 * WEIGHTS) + piece % 2 * SHAPE.next_piece + SHAPE.per_word * word
-        codes, scales, minima = DECODE(words, piece if EVEN else tl.minimum(piece, N_PIECES - 1), PLANES)
-        gains, shifts = (), ()
-        if NORM != "none":
-            gains = load_columns(gain, column, N_COLS, SHAPE, EVEN)
-        if NORM == "layer":
-            shifts = load_columns(shift, column, N_COLS, SHAPE, EVEN)
-        new_sums, new_squares = (), ()
-        for t in tl.static_range(TOKENS):
-            values = load_columns(x + t * N_COLS, column, N_COLS, SHAPE, EVEN)
-            values, more = normalise(values, gains, shifts, means[t], factors[t], NORM, N)
-            new_sums += (sums[t] + dot_piece(codes, scales, minima, values, SHAPE),)
-            new_squares += (squares[t] + more,)
-        sums, squares = new_sums, new_squares
+    WEIGHTS: tl.constexpr = UNIT.weights
+    STRIDE: tl.constexpr = UNIT.stride
+    PLANES: tl.constexpr = UNIT.planes
+    ROUNDED: tl.constexpr = UNIT.rounded
+    WORDS: tl.constexpr = WEIGHTS // COLS * RECORD if ROUNDED else WEIGHTS  # of a unit's columns of a token
+    N_UNITS: tl.constexpr = (N_COLS + WEIGHTS - 1) // WEIGHTS
+    STEPS: tl.constexpr = (N_UNITS + LANES - 1) // LANES
+    EVEN: tl.constexpr = N_UNITS % LANES == 0
+    rows = w + (tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1) * STRIDE)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    sums = zeros(TOKENS, ROWS, LANES)
+    for first in range(0, STEPS, AHEAD):
+        for step in tl.static_range(AHEAD):
+            unit = lane + (first + step) * LANES
+            codes, scales, minima, factor = DECODE(
+                rows, unit if EVEN else tl.minimum(unit, N_UNITS - 1), PLANES, N_COLS
+            )
+            at = x + (unit if EVEN else tl.minimum(unit, N_UNITS)) * WORDS
+            new_sums = ()
+            for t in tl.static_range(TOKENS):
+                if ROUNDED:
+                    total = add_rounded(sums[t], codes, scales, minima, factor, at + t * PITCH, UNIT)
+                else:
+                    total = add_floats(sums[t], codes, scales, minima, factor, at + t * PITCH, UNIT)
+                new_sums += (total,)
+            sums = new_sums
     results = ()
     for t in tl.static_range(TOKENS):
-        y = sum_rows(sums[t])
-        if NORM == "rms":
-            y = y * tl.rsqrt(tl.sum(sum_rows(squares[t]), 0) / N_COLS + eps)
-        results += (y,)
+        results += (tl.sum(sums[t], 1),)
     return results
 
 
@@ -189,6 +168,8 @@ def finish(
     best_value,
     best_index,
     program,
+    first_token,
+    n_tokens,
     first_row,
     n_rows,
     GELU: tl.constexpr,
@@ -197,30 +178,29 @@ def finish(
 ):
     """What follows a product: bias, GELU, residual; stores rows, or the largest of them, of which equals the first."""
     row = first_row + tl.arange(0, ROWS)
-    inside = row < n_rows
     for t in tl.static_range(TOKENS):
+        token = first_token + t
+        inside = row < tl.where(token < n_tokens, n_rows, 0)
         y = sums[t]
         if bias is not None:
             y += tl.load(bias + row, mask=inside, other=0.0)
         if GELU:
             y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
         if residual is not None:
-            y += tl.load(residual + t * n_rows + row, mask=inside, other=0.0)
+            y += tl.load(residual + token * n_rows + row, mask=inside, other=0.0)
         if out is not None:
-            tl.store(out + t * n_rows + row, y, mask=inside)
+            tl.store(out + token * n_rows + row, y, mask=inside)
         if best_value is not None:
             ranked = tl.where(y == y, y, float("inf"))  # a maximum leaves NaN out, and infinity is no token either
-            ranked = tl.where(inside, ranked, float("-inf"))
-            tl.store(best_value + program * TOKENS + t, tl.max(ranked, 0))
-            tl.store(best_index + program * TOKENS + t, first_row + tl.argmax(ranked, 0))
+            ranked = tl.where(row < n_rows, ranked, float("-inf"))
+            at = program * n_tokens + token
+            tl.store(best_value + at, tl.max(ranked, 0), mask=token < n_tokens)
+            tl.store(best_index + at, first_row + tl.argmax(ranked, 0), mask=token < n_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def matvec(
     x,
-    gain,
-    shift,
-    eps,
     w,
     bias,
     residual,
@@ -228,28 +208,36 @@ def matvec(
     best_value,
     best_index,
     n_rows,
+    n_tokens,
     DECODE: tl.constexpr,
-    SHAPE: tl.constexpr,
+    UNIT: tl.constexpr,
     N_COLS: tl.constexpr,
-    NORM: tl.constexpr,
+    PITCH: tl.constexpr,
     GELU: tl.constexpr,
+    PASSES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """out [TOKENS, n_rows] = x [TOKENS, N_COLS] times w [n_rows, N_COLS] transposed, and what is fused around it."""
-    program = tl.program_id(0)
+    """out [n_tokens, n_rows] = prepared x times w [n_rows, N_COLS] transposed, and what is fused after it.
+
+    Programs that share rows follow each other, so that weights come from the L2 for the second pass.
+    """
+    program, token = tl.program_id(0) // PASSES, tl.program_id(0) % PASSES * TOKENS
     first = program * ROWS
-    sums = products(x, gain, shift, eps, w, first, n_rows, DECODE, SHAPE, N_COLS, NORM, TOKENS, ROWS, PIECES)
-    finish(sums, bias, residual, out, best_value, best_index, program, first, n_rows, GELU, TOKENS, ROWS)
+    x += token * PITCH
+    sums = products(x, w, first, n_rows, DECODE, UNIT, N_COLS, PITCH, TOKENS, ROWS, LANES, AHEAD)
+    finish(
+        sums, bias, residual, out, best_value, best_index, program, token, n_tokens, first, n_rows, GELU, TOKENS, ROWS
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def matvec_three(
-    x,
-    gain,
-    shift,
-    eps,
+    x0,
+    x1,
+    x2,
     w0,
     w1,
     w2,
@@ -262,63 +250,80 @@ def matvec_three(
     n0,
     n1,
     n2,
+    n_tokens,
     DECODE0: tl.constexpr,
     DECODE1: tl.constexpr,
     DECODE2: tl.constexpr,
-    SHAPE0: tl.constexpr,
-    SHAPE1: tl.constexpr,
-    SHAPE2: tl.constexpr,
+    UNIT0: tl.constexpr,
+    UNIT1: tl.constexpr,
+    UNIT2: tl.constexpr,
     N_COLS: tl.constexpr,
-    NORM: tl.constexpr,
+    PITCH0: tl.constexpr,
+    PITCH1: tl.constexpr,
+    PITCH2: tl.constexpr,
+    PASSES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECES0: tl.constexpr,
-    PIECES1: tl.constexpr,
-    PIECES2: tl.constexpr,
+    LANES0: tl.constexpr,
+    LANES1: tl.constexpr,
+    LANES2: tl.constexpr,
+    AHEAD0: tl.constexpr,
+    AHEAD1: tl.constexpr,
+    AHEAD2: tl.constexpr,
 ):
     """Three matrices and one x: the number of the program says which one it works on. The third may be None."""
-    program = tl.program_id(0)
+    program, token = tl.program_id(0) // PASSES, tl.program_id(0) % PASSES * TOKENS
     programs0, programs1 = tl.cdiv(n0, ROWS), tl.cdiv(n1, ROWS)
     if program < programs0:
         first = program * ROWS
-        sums = products(x, gain, shift, eps, w0, first, n0, DECODE0, SHAPE0, N_COLS, NORM, TOKENS, ROWS, PIECES0)
-        finish(sums, bias0, None, out0, None, None, program, first, n0, False, TOKENS, ROWS)
+        x = x0 + token * PITCH0
+        sums = products(x, w0, first, n0, DECODE0, UNIT0, N_COLS, PITCH0, TOKENS, ROWS, LANES0, AHEAD0)
+        finish(sums, bias0, None, out0, None, None, program, token, n_tokens, first, n0, False, TOKENS, ROWS)
     elif program < programs0 + programs1:
         first = (program - programs0) * ROWS
-        sums = products(x, gain, shift, eps, w1, first, n1, DECODE1, SHAPE1, N_COLS, NORM, TOKENS, ROWS, PIECES1)
-        finish(sums, bias1, None, out1, None, None, program, first, n1, False, TOKENS, ROWS)
+        x = x1 + token * PITCH1
+        sums = products(x, w1, first, n1, DECODE1, UNIT1, N_COLS, PITCH1, TOKENS, ROWS, LANES1, AHEAD1)
+        finish(sums, bias1, None, out1, None, None, program, token, n_tokens, first, n1, False, TOKENS, ROWS)
     elif w2 is not None:
         first = (program - programs0 - programs1) * ROWS
-        sums = products(x, gain, shift, eps, w2, first, n2, DECODE2, SHAPE2, N_COLS, NORM, TOKENS, ROWS, PIECES2)
-        finish(sums, bias2, None, out2, None, None, program, first, n2, False, TOKENS, ROWS)
+        x = x2 + token * PITCH2
+        sums = products(x, w2, first, n2, DECODE2, UNIT2, N_COLS, PITCH2, TOKENS, ROWS, LANES2, AHEAD2)
+        finish(sums, bias2, None, out2, None, None, program, token, n_tokens, first, n2, False, TOKENS, ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def matvec_gated(
-    x,
-    gain,
-    shift,
-    eps,
+    x0,
+    x1,
     gate,
     up,
     out,
     n_rows,
+    n_tokens,
     DECODE0: tl.constexpr,
     DECODE1: tl.constexpr,
-    SHAPE0: tl.constexpr,
-    SHAPE1: tl.constexpr,
+    UNIT0: tl.constexpr,
+    UNIT1: tl.constexpr,
     N_COLS: tl.constexpr,
-    NORM: tl.constexpr,
+    PITCH0: tl.constexpr,
+    PITCH1: tl.constexpr,
+    PASSES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECES0: tl.constexpr,
-    PIECES1: tl.constexpr,
+    LANES0: tl.constexpr,
+    LANES1: tl.constexpr,
+    AHEAD0: tl.constexpr,
+    AHEAD1: tl.constexpr,
 ):
     """out = silu(x gate^T) * (x up^T): the inner half of SwiGLU."""
-    first = tl.program_id(0) * ROWS
-    gates = products(x, gain, shift, eps, gate, first, n_rows, DECODE0, SHAPE0, N_COLS, NORM, TOKENS, ROWS, PIECES0)
-    ups = products(x, gain, shift, eps, up, first, n_rows, DECODE1, SHAPE1, N_COLS, NORM, TOKENS, ROWS, PIECES1)
+    program, token = tl.program_id(0) // PASSES, tl.program_id(0) % PASSES * TOKENS
+    first = program * ROWS
+    x0 += token * PITCH0
+    x1 += token * PITCH1
+    gates = products(x0, gate, first, n_rows, DECODE0, UNIT0, N_COLS, PITCH0, TOKENS, ROWS, LANES0, AHEAD0)
+    ups = products(x1, up, first, n_rows, DECODE1, UNIT1, N_COLS, PITCH1, TOKENS, ROWS, LANES1, AHEAD1)
     row = first + tl.arange(0, ROWS)
     for t in tl.static_range(TOKENS):
         y = gates[t] / (1.0 + tl.exp(-gates[t])) * ups[t]
-        tl.store(out + t * n_rows + row, y, mask=row < n_rows)
+        inside = row < tl.where(token + t < n_tokens, n_rows, 0)
+        tl.store(out + (token + t) * n_rows + row, y, mask=inside)

@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AuricleError
-from ..formats import BY_NAME, Format
+from ..formats import BY_NAME
 
 TUNED = Path(__file__).parent / "tuned"
-FEW = 8  # tokens that the mat-vec takes at once
+FEW = 16  # tokens that the mat-vec takes
+PASS = 8  # of them at a time
 NEAR = 2.0  # a matrix measured serves for another whose rows and columns are within this factor together
 WARP = 32  # threads
-LOAD_BITS = 128  # the widest load a thread can make
-LOADS_A_WARP = 4  # of a row of a tile in the mat-vec: with more, activations would go through shared memory
-LARGEST_TILE = {True: 512, False: 256}  # columns of it, of types below 8 bits and of others
+UNIT = 64  # weights that a thread of the mat-vec takes at once
+OTHER_UNITS = {"Q6_K": 128, "F16": 16, "BF16": 16, "F32": 8}  # types of which it takes more or fewer
+LEAST_LANES = 8  # threads that share a row in the mat-vec
+WASTE = 1.1  # steps of so many lanes, for what a row would take if its end were full
+BUSY_WARPS = 24  # of a multiprocessor: so many loads in flight hide what memory takes
+IN_FLIGHT = {1: 5, 2: 2, 4: 1, 8: 1}  # units that a thread of the mat-vec loads before it needs them, by tokens
+ROWS_A_THREAD = {1: 1, 2: 2, 4: 2, 8: 2}  # by tokens: those are loaded once for all rows
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_SHARED = 1 << 10  # bytes of shared memory that the driver takes for each block
 DECODED_BYTES = 2  # a decoded weight or an activation in a tile is a half
@@ -36,7 +41,7 @@ class TuneError(AuricleError):
 @dataclass(frozen=True)
 class Config:
     """How a matrix product is cut. A program takes `rows` rows of weights and `tokens` tokens, `cols` columns at a
-    time."""
+    time. `stages`: how many times as much is on its way from memory."""
 
     rows: int
     cols: int
@@ -101,14 +106,17 @@ def pick(
 ) -> Config:
     """The configuration of `kernel` (one of RULES) for a matrix [n_rows, n_cols] of a type and so many tokens.
 
-    Of a card whose name has a table, what was measured; else a rule. Raises TuneError for a table that is damaged.
+    Of a card whose name has a table, what was measured; else a rule. Columns of a mat-vec are always the rule's, which
+    asks for no tokens: the order of sums hangs on them. Raises TuneError for a table that is damaged.
     """
-    if device_name is not None:
-        entries = load_table(folder / f"{slug(device_name)}.json")
-        tuned = find_tuned(entries, kernel, format_name, n_tokens, n_rows, n_cols)
-        if tuned is not None:
-            return tuned
-    return RULES[kernel](format_name, n_tokens, n_rows, n_cols, capability)
+    by_rule = RULES[kernel](format_name, n_tokens, n_rows, n_cols, capability)
+    if device_name is None:
+        return by_rule
+    entries = load_table(folder / f"{slug(device_name)}.json")
+    tuned = find_tuned(entries, kernel, format_name, n_tokens, n_rows, n_cols)
+    if tuned is None:
+        return by_rule
+    return replace(tuned, cols=by_rule.cols) if kernel == "matvec" else tuned
 
 
 # Tables.
@@ -178,21 +186,33 @@ def choose_matvec(format_name: str, n_tokens: int, n_rows: int, n_cols: int, cap
     """Small programs, so that even a thousand rows give every multiprocessor some: time is what memory takes. They have
     whole rows, so sums need no second launch.
 
-    Each thread gets one vector of a tile's codes, the widest load there is. The sums of more than two tokens take many
-    registers, so there are fewer threads in a program.
+    Rows are shared by few lanes, whose steps end where rows do, and by more where else too few threads would be busy.
+    Several tokens are loaded for several rows, as they would be the most of what is loaded.
     """
-    bits = code_bits(BY_NAME[format_name])
-    warps = 4 if n_tokens <= 2 else 2
-    vectors = min(LARGEST_TILE[bits < 8] * bits // LOAD_BITS, LOADS_A_WARP * warps)  # of a row of a tile
-    rows, cols = WARP * warps // vectors, vectors * LOAD_BITS // bits
-    tokens = 1 << (min(n_tokens, FEW) - 1).bit_length()
-    return Config(rows, cols, tokens, warps, stages=2)
+    busy = find_processor(capability).count * BUSY_WARPS * WARP
+    lanes, units = LEAST_LANES, -(-n_cols // UNIT)
+    while lanes < WARP and n_rows * lanes < busy and -(-units // (2 * lanes)) * 2 * lanes <= WASTE * units:
+        lanes *= 2
+    tokens, warps = min(PASS, 1 << (n_tokens - 1).bit_length()), 4
+    cut = Config(ROWS_A_THREAD[tokens] * warps * WARP, lanes * UNIT, tokens, warps, stages=IN_FLIGHT[tokens])
+    return replace(cut, rows=cut.rows // lanes_of(cut, unit_of(format_name)))
 
 
-def code_bits(fmt: Format) -> int:
-    """Bits of a weight in the largest field of a block: what a kernel reads most of."""
-    sizes = [field[0].itemsize for field in (fmt.layout.fields or {}).values()] or [fmt.block_bytes]
-    return 8 * max(sizes) // fmt.length
+def unit_of(format_name: str) -> int:
+    """Weights that a thread of the mat-vec takes at once."""
+    return OTHER_UNITS.get(format_name, UNIT)
+
+
+def lanes_of(cut: Config, unit: int) -> int:
+    """Threads that share a row in the mat-vec, of a type with units of so many weights: no more than a warp, as sums
+    over several would be in another order for other numbers of warps."""
+    return min(WARP, max(1, cut.cols // unit))
+
+
+def ahead_of(cut: Config, unit: int, n_cols: int) -> int:
+    """Units that a thread has in flight: as many as `stages` allows, and as divide the steps of a row."""
+    steps = -(-n_cols // (unit * lanes_of(cut, unit)))
+    return next(n for n in range(min(cut.stages, steps), 0, -1) if steps % n == 0)
 
 
 def choose_matmul(format_name: str, n_tokens: int, n_rows: int, n_cols: int, capability: tuple[int, int]) -> Config:

@@ -10,6 +10,7 @@ import torch
 from ..formats import Format
 from ..layouts import find_layout, pack
 from .tiles import TILES, WORD, Shape, Tile
+from .units import UNITS, UnitKind
 
 MOST_WORDS = 1 << 31  # kernels count words with 32 bits
 
@@ -34,13 +35,17 @@ class DeviceWeight:
         return TILES[self.format]
 
     @property
+    def kind(self) -> UnitKind:
+        return UNITS[self.format]
+
+    @property
     def stride(self) -> int:
         """Words from one row to the next."""
         return find_layout(self.format, self.n_cols).stride // WORD
 
     @property
     def shape(self) -> Shape:
-        """What a kernel must know about the matrix when it is compiled, besides the decoder."""
+        """What the mat-mat must know about the matrix when it is compiled, besides the decoder."""
         return self.tile.matrix(self.n_cols)
 
 

@@ -46,7 +46,7 @@ BackendName = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", help="Of the cpu backend: auto, exact, bf16.  [default: auto]", show_default=False),
+    typer.Option("--precision", help="auto, exact; on the cpu also bf16.  [default: auto]", show_default=False),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Cores to use.  [default: all]", show_default=False)]
 Context = Annotated[
