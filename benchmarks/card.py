@@ -328,6 +328,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
+def end_run(number: int, _: object) -> None:
+    """What was started is ended on the way out, and nothing disturbs that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     a = parse_arguments(arguments)
     if a.pack:
@@ -338,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(a.out, work.absolute(), a.minutes, a.stages, find_golden(a.golden), a.rehearse)
     if a.cache:
         unpack_cache(a.cache)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, end_run)
     try:
         run_all(run)
     finally:
