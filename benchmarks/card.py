@@ -58,6 +58,10 @@ AMPLE_BYTES = 40 << 30  # free memory of a card on which others may prepare whil
 CASE_BYTES = 3 << 29  # of a card, for each process that checks cases
 
 
+class NoCard(Exception):
+    """There is no card that answers, in one line."""
+
+
 @dataclass
 class Run:
     """What has been asked for, and what is known so far."""
@@ -167,9 +171,9 @@ def timed(run: Run, name: str, workers: Sequence[Worker], deadline: float, *, at
 def run_facts(run: Run, deadline: float) -> None:
     timed(run, "facts", [run.worker("facts", "facts")], deadline)
     found = {row["step"]: row for row in run.document["stages"]["facts"]["steps"]}
-    if "environment" not in found or not found["environment"].get("ok"):
-        print("the card does not answer; see logs.tar.gz", flush=True)
-        return
+    if "environment" not in found:
+        lines = run.document["stages"]["facts"]["note"].splitlines()
+        raise NoCard(lines[-1].rpartition("NoGPU: ")[2] if lines else "the card does not answer; see logs.tar.gz")
     start_compiler(run)
 
 
@@ -177,6 +181,7 @@ def start_beside(run: Run) -> None:
     """What later stages need and takes processors rather than the card: model files, and kernels for them."""
     if any(stage in run.stages for stage in ("requests", "profile", "cold", "peer")):
         run.beside += [run.worker(f"make-{r}", "make", 300, model=run.model(r), recipe=r) for r in RECIPES]
+        run.beside += [run.worker("work", "work")]
     for worker in run.beside:
         worker.start()
 
@@ -198,8 +203,8 @@ def run_cases(run: Run, deadline: float) -> None:
     """As many processes as there are processors and memory for, over one list of cases."""
     n = max(1, min((os.cpu_count() or 1) - SPARE_CORES, free_bytes(run) // CASE_BYTES))
     n_pytest = max(1, n // 4)
-    workers = [run.worker(f"cases-{i}", "cases", 90, claims="cases") for i in range(max(1, n - n_pytest))]
-    tests = [run.worker(f"pytest-{i}", "pytest", 90, claims="pytest") for i in range(n_pytest)]
+    workers = [run.worker(f"cases-{i}", "cases", 110, claims="cases") for i in range(max(1, n - n_pytest))]
+    tests = [run.worker(f"pytest-{i}", "pytest", 110, claims="pytest") for i in range(n_pytest)]
     start = time.monotonic()
     done = run_workers([*workers, *tests], deadline, run.beside)
     seconds = time.monotonic() - start
@@ -345,8 +350,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if a.cache:
         unpack_cache(a.cache)
     signal.signal(signal.SIGTERM, end_run)
+    for left_over in ("logs", "claims"):
+        shutil.rmtree(work / left_over, ignore_errors=True)
     try:
         run_all(run)
+    except NoCard as error:
+        print(error, file=sys.stderr)
+        return 2
     finally:
         for worker in run.workers:
             worker.stop("the run has ended")

@@ -262,8 +262,8 @@ def document() -> dict:
         "facts": [
             ok("environment", gpu="NVIDIA Unheard Of 9000", versions={"torch": "1"}),
             ok("ceilings", copy_bytes_per_s=1e12, matmul_flops_per_s=1e14),
-            ok("work", **work),
         ],
+        "work": [ok("work", **work)],
         "cases": [ok("a"), {"step": "b", "ok": False, "error": 0.5, "limit": 0.1}],
         "pytest": [ok("c", skipped=True), {"step": "d", "ok": False, "failure": "x\nAssertionError: 1 != 2"}],
         "kernels": [ok("gate_up Q4_K", rows=rows), ok("gate_up peers", rows=peers)],
