@@ -193,7 +193,7 @@ class Stock:
 
 
 def error_limit(backend: Backend, type_name: str, n_tokens: int) -> float:
-    rounded = type_name in backend.rounds and n_tokens <= 2 * FEW
+    rounded = type_name in backend.rounds and n_tokens <= FEW
     return BYTE_ERROR if rounded else HALF_ERROR
 
 
