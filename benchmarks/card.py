@@ -51,6 +51,7 @@ STAGE_S = {  # seconds of each stage at most, of a run of FULL_MINUTES; shorter 
 FULL_MINUTES = 8.0
 CACHES = Path(tempfile.gettempdir()) / "auricle-card-cache"  # of compiled kernels, which know the place they lie in
 KEPT_SUFFIXES = (".cubin", ".json", ".so", ".py")  # of them, in the archive that another run may begin with
+REQUEST_SHARES = (0.5, 0.85)  # of that time, when the requests of each recipe must have ended
 LEAST_S = 12  # a stage that would have less is not begun
 REPORT_S = 6  # kept for the plot and the archive
 SPARE_CORES = 3  # while cases run, for what is prepared beside them
@@ -155,6 +156,7 @@ def unpack_cache(path: Path) -> None:
 def run_stage(run: Run, name: str) -> None:
     """One of STAGE_S, within its time; says so where there is none left."""
     limit = min(run.left(), max(LEAST_S, STAGE_S[name] * min(1.0, run.minutes / FULL_MINUTES)))
+    limit = run.left() if run.rehearse else limit
     if run.left() < LEAST_S:
         run.note(name, [], 0, f"left out: {max(0, run.left()):.0f} s are left")
         return
@@ -226,10 +228,11 @@ def run_kernels(run: Run, deadline: float) -> None:
 
 
 def run_requests(run: Run, deadline: float) -> None:
-    """Of each file in turn, the second in what time the first has left; then a start in a new process."""
-    for recipe in RECIPES:
+    """Of each file in turn, and then a start in a new process."""
+    left = deadline - time.monotonic()
+    for recipe, share in zip(RECIPES, REQUEST_SHARES, strict=True):
         worker = run.worker(f"requests-{recipe}", "requests", 90, model=run.model(recipe))
-        timed(run, worker.name, [worker], deadline)
+        timed(run, worker.name, [worker], deadline - (1 - share) * left)
     start = run.worker("start-warm", "start", 90, model=run.model(RECIPES[0]))
     timed(run, "start-warm", [start], deadline)
 

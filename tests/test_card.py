@@ -172,7 +172,7 @@ def test_a_stage_without_time_is_left_out_and_says_so(tmp_path: Path, capsys: py
 def test_stages_have_their_share_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, share: float
 ) -> None:
-    run, given = make_run(tmp_path, minutes=minutes), []
+    run, given = make_run(tmp_path, minutes=minutes, rehearse=False), []
     monkeypatch.setitem(card.RUNNERS, "cases", lambda run, deadline: given.append(deadline - time.monotonic()))
     card.run_stage(run, "cases")
     assert given[0] == pytest.approx(share * card.STAGE_S["cases"], abs=2)
