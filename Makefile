@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test card lint wheel clean
 
 $(VENV)/.base: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --durations 10
+
+# Is it right and fast on the GPU of this machine? Eight minutes; MINUTES=4 for less.
+MINUTES ?= 8
+card: $(VENV)/.dev
+	$(BIN)/python benchmarks/card.py --out card --minutes $(MINUTES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -51,11 +51,16 @@ STAGE_S = {  # seconds of each stage at most, of a run of FULL_MINUTES; shorter 
 FULL_MINUTES = 8.0
 CACHES = Path(tempfile.gettempdir()) / "auricle-card-cache"  # of compiled kernels, which know the place they lie in
 KEPT_SUFFIXES = (".cubin", ".json", ".so", ".py")  # of them, in the archive that another run may begin with
+REQUEST_SHARES = (0.5, 0.85)  # of that time, when the requests of each recipe must have ended
 LEAST_S = 12  # a stage that would have less is not begun
 REPORT_S = 6  # kept for the plot and the archive
 SPARE_CORES = 3  # while cases run, for what is prepared beside them
 AMPLE_BYTES = 40 << 30  # free memory of a card on which others may prepare while cases run
 CASE_BYTES = 3 << 29  # of a card, for each process that checks cases
+
+
+class NoCard(Exception):
+    """There is no card that answers, in one line."""
 
 
 @dataclass
@@ -151,6 +156,7 @@ def unpack_cache(path: Path) -> None:
 def run_stage(run: Run, name: str) -> None:
     """One of STAGE_S, within its time; says so where there is none left."""
     limit = min(run.left(), max(LEAST_S, STAGE_S[name] * min(1.0, run.minutes / FULL_MINUTES)))
+    limit = run.left() if run.rehearse else limit
     if run.left() < LEAST_S:
         run.note(name, [], 0, f"left out: {max(0, run.left()):.0f} s are left")
         return
@@ -167,9 +173,9 @@ def timed(run: Run, name: str, workers: Sequence[Worker], deadline: float, *, at
 def run_facts(run: Run, deadline: float) -> None:
     timed(run, "facts", [run.worker("facts", "facts")], deadline)
     found = {row["step"]: row for row in run.document["stages"]["facts"]["steps"]}
-    if "environment" not in found or not found["environment"].get("ok"):
-        print("the card does not answer; see logs.tar.gz", flush=True)
-        return
+    if "environment" not in found:
+        lines = run.document["stages"]["facts"]["note"].splitlines()
+        raise NoCard(lines[-1].rpartition("NoGPU: ")[2] if lines else "the card does not answer; see logs.tar.gz")
     start_compiler(run)
 
 
@@ -177,6 +183,7 @@ def start_beside(run: Run) -> None:
     """What later stages need and takes processors rather than the card: model files, and kernels for them."""
     if any(stage in run.stages for stage in ("requests", "profile", "cold", "peer")):
         run.beside += [run.worker(f"make-{r}", "make", 300, model=run.model(r), recipe=r) for r in RECIPES]
+        run.beside += [run.worker("work", "work")]
     for worker in run.beside:
         worker.start()
 
@@ -198,8 +205,8 @@ def run_cases(run: Run, deadline: float) -> None:
     """As many processes as there are processors and memory for, over one list of cases."""
     n = max(1, min((os.cpu_count() or 1) - SPARE_CORES, free_bytes(run) // CASE_BYTES))
     n_pytest = max(1, n // 4)
-    workers = [run.worker(f"cases-{i}", "cases", 90, claims="cases") for i in range(max(1, n - n_pytest))]
-    tests = [run.worker(f"pytest-{i}", "pytest", 90, claims="pytest") for i in range(n_pytest)]
+    workers = [run.worker(f"cases-{i}", "cases", 110, claims="cases") for i in range(max(1, n - n_pytest))]
+    tests = [run.worker(f"pytest-{i}", "pytest", 110, claims="pytest") for i in range(n_pytest)]
     start = time.monotonic()
     done = run_workers([*workers, *tests], deadline, run.beside)
     seconds = time.monotonic() - start
@@ -221,10 +228,11 @@ def run_kernels(run: Run, deadline: float) -> None:
 
 
 def run_requests(run: Run, deadline: float) -> None:
-    """Of each file in turn, the second in what time the first has left; then a start in a new process."""
-    for recipe in RECIPES:
+    """Of each file in turn, and then a start in a new process."""
+    left = deadline - time.monotonic()
+    for recipe, share in zip(RECIPES, REQUEST_SHARES, strict=True):
         worker = run.worker(f"requests-{recipe}", "requests", 90, model=run.model(recipe))
-        timed(run, worker.name, [worker], deadline)
+        timed(run, worker.name, [worker], deadline - (1 - share) * left)
     start = run.worker("start-warm", "start", 90, model=run.model(RECIPES[0]))
     timed(run, "start-warm", [start], deadline)
 
@@ -328,6 +336,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
+def end_run(number: int, _: object) -> None:
+    """What was started is ended on the way out, and nothing disturbs that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     a = parse_arguments(arguments)
     if a.pack:
@@ -338,9 +352,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(a.out, work.absolute(), a.minutes, a.stages, find_golden(a.golden), a.rehearse)
     if a.cache:
         unpack_cache(a.cache)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, end_run)
+    for left_over in ("logs", "claims"):
+        shutil.rmtree(work / left_over, ignore_errors=True)
     try:
         run_all(run)
+    except NoCard as error:
+        print(error, file=sys.stderr)
+        return 2
     finally:
         for worker in run.workers:
             worker.stop("the run has ended")

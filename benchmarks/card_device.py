@@ -44,7 +44,7 @@ class Gpu:
         from auricle.engine.backends.cuda import first_card, make_backend
         from auricle.engine.backends.cuda_device import Card
 
-        return first_card() if pick is None else make_backend(Card(), pick)
+        return first_card() if pick is None else make_backend(Card(), pick=pick)
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ class Pretence(Gpu):
         from auricle.engine.backends.cuda import make_backend
         from cuda_worker import cut
 
-        return make_backend(self._card, pick or cut)
+        return make_backend(self._card, pick=pick or cut)
 
     def l2_bytes(self) -> int:
         return 1024

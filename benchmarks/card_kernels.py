@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from auricle.engine.weights import Weight
 from auricle.kernels.dequantize import dequantize
 from auricle.kernels.formats import BY_NAME, F16, F32
 from auricle.kernels.gpu.tune import FEW
+from auricle.kernels.gpu.weights import DeviceWeight
 from auricle.tools import synth
 from auricle.tools.synth import RandomWeights
 
@@ -127,7 +128,11 @@ class Stock:
 
         def place(name: str) -> Any:
             if (copy, name) not in self._placed:
-                self._placed[copy, name] = backend.device.place(self.weights[name])
+                first = self._placed.get((0, name))
+                if isinstance(first, DeviceWeight):
+                    self._placed[copy, name] = replace(first, words=first.words.clone())
+                else:
+                    self._placed[copy, name] = backend.device.place(self.weights[name])
             return self._placed[copy, name]
 
         graph = self.product.graph(n_tokens)
@@ -188,7 +193,7 @@ class Stock:
 
 
 def error_limit(backend: Backend, type_name: str, n_tokens: int) -> float:
-    rounded = type_name in backend.rounds and n_tokens <= 2 * FEW
+    rounded = type_name in backend.rounds and n_tokens <= FEW
     return BYTE_ERROR if rounded else HALF_ERROR
 
 
@@ -297,7 +302,6 @@ def fact_steps(gpu: Gpu) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """What the machine is, and what its card does at best."""
     yield "environment", lambda: gpu.describe() | {"at": time.strftime("%Y-%m-%d %H:%M:%S")}
     yield "ceilings", lambda: ceilings(gpu)
-    yield "work", count_work
 
 
 def ceilings(gpu: Gpu) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from card_device import Gpu
-from card_requests import Sizes
+from card_requests import TOKEN, Sizes
 from peer_torch import Reference
 from transformers import StaticCache
 
@@ -62,7 +62,7 @@ class Peer:
     def decode(self, context: int, make: Callable[[StaticCache], Callable[[], None]]) -> dict[str, Any]:
         """Seconds of a token after `context` tokens."""
         cache = self._fill(context)
-        self._token = torch.full((1, 1), 1000, device=self.gpu.device)
+        self._token = torch.full((1, 1), TOKEN, device=self.gpu.device)
         start = self.gpu.wait()
         step = make(cache)
         for _ in range(WARM_UPS):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from card_device import Gpu
-from card_requests import Sizes, sound
+from card_requests import TOKEN, Sizes, sound
 
 from auricle.engine import Model
 from auricle.engine.answer import GenerateOptions
@@ -58,7 +58,7 @@ class Profiles:
             return lambda: model.runtime.prefill(prompt, rows, self.sizes.n_new), 1
         context = self.sizes.contexts[0]
         fill_cache(model, context + N_STEPS + 2)
-        return lambda: list(model.runtime.steps(1000, context, N_STEPS, Sampler(GenerateOptions()))), N_STEPS + 1
+        return lambda: list(model.runtime.steps(TOKEN, context, N_STEPS, Sampler(GenerateOptions()))), N_STEPS + 1
 
     def profile(self, name: str) -> dict[str, Any]:
         call, n = self.part(self.model("plain"), name)
@@ -95,8 +95,8 @@ class Profiles:
         """Each op between two events; a step is the plain call, not the recorded one."""
         model = self.model("ops")
         if name == "step":
-            model.runtime.decode(1000, self.sizes.contexts[0])
-            call: Callable[[], object] = lambda: model.runtime.decode(1000, self.sizes.contexts[0])  # noqa: E731
+            model.runtime.decode(TOKEN, self.sizes.contexts[0])
+            call: Callable[[], object] = lambda: model.runtime.decode(TOKEN, self.sizes.contexts[0])  # noqa: E731
         else:
             call, _ = self.part(model, name)
         call()

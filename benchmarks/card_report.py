@@ -84,7 +84,7 @@ def context_step(document: Document, stage: str, context: int = 200) -> float | 
 
 def decode_bytes(document: Document) -> float | None:
     """Weights and cache that a step reads at 200 tokens."""
-    work = dig(steps_of(document, "facts"), "work", "q4_k_all, decode at 200")
+    work = dig(steps_of(document, "work"), "work", "q4_k_all, decode at 200")
     return work["weight_bytes"] + work["cache_bytes"] if work else None
 
 

@@ -29,6 +29,7 @@ from auricle.tools.synth import plan_synth, write_synth
 
 Step = tuple[str, Callable[[], dict[str, Any]]]
 ROUNDS = 5
+TOKEN = 100  # any
 STEPS = 48  # tokens at each context
 
 
@@ -110,7 +111,7 @@ class Requests:
     def contexts(self) -> dict[str, Any]:
         """Seconds of a decoding step after so many tokens."""
         d, rows = self.model.config.decoder, []
-        self.model.runtime.decode(1000, max(self.sizes.contexts) + self.sizes.n_steps + 1)  # room for as many
+        self.model.runtime.decode(TOKEN, max(self.sizes.contexts) + self.sizes.n_steps + 1)  # room for as many
         fill_cache(self.model, max(self.sizes.contexts))
         for context in self.sizes.contexts:
             times = [self._time_steps(context) for _ in range(self.sizes.rounds)]
@@ -121,7 +122,7 @@ class Requests:
     def _time_steps(self, context: int) -> float:
         """Seconds of one of many tokens, the first two left out."""
         n, clock = self.sizes.n_steps, []
-        for _ in self.model.runtime.steps(1000, context, n + 2, Sampler(GenerateOptions())):
+        for _ in self.model.runtime.steps(TOKEN, context, n + 2, Sampler(GenerateOptions())):
             clock.append(time.perf_counter())
         return (clock[-1] - clock[1]) / (len(clock) - 2)
 

@@ -20,6 +20,11 @@ def list_steps(a: argparse.Namespace) -> Iterator[tuple[str, Step]]:
     """The steps of a stage, which imports what it needs."""
     from card_device import find_device
 
+    if a.stage == "work":
+        from card_kernels import count_work
+
+        yield "work", count_work
+        return
     gpu = find_device(a.rehearse)
     if a.stage == "facts":
         from card_kernels import fact_steps

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Journal:
 
     def claim(self, name: str) -> bool:
         """Whether the step is this process's to do; it begins now."""
-        mark = self._claims / "".join(c if c.isalnum() or c in "-=." else "_" for c in name)
+        mark = self._claims / f"{zlib.crc32(name.encode()):08x}"
         try:
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:

@@ -8,7 +8,7 @@ is taken where it is faster at one token and no slower at eight. Writes the tabl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,11 @@ import torch
 from card_device import Gpu, table_name
 from card_kernels import Product, Stock, error_limit, list_products, shape_of
 from card_steps import Step
+from kernel_tune import neighbours
 
 from auricle.kernels.gpu import tune
 from auricle.kernels.gpu.tune import FEW, Config, Entry, write_table
 
-LIMITS = {"rows": (1, 256), "cols": (32, 2048), "tokens": (16, 256), "warps": (1, 16), "stages": (1, 5)}
-CHANGED = {
-    "matvec": ("warps", "rows", "cols"),
-    "matmul": ("rows", "tokens", "warps", "stages", "cols"),
-    "matmul_gated": ("rows", "tokens", "warps", "stages", "cols"),
-}
 WORTH = 0.97  # of the rule's time: what is not faster than that is chance
 NO_SLOWER = 1.01
 MANY = 512
@@ -62,12 +57,7 @@ class Task:
     def configs(self, gpu: Gpu) -> list[Config]:
         """The rule's, and its neighbours."""
         rule = self.rule(gpu)
-        found = [rule]
-        for name in CHANGED[self.kernel]:
-            value, (least, most) = getattr(rule, name), LIMITS[name]
-            changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
-            found += [replace(rule, **{name: n}) for n in changed if least <= n <= most]
-        return found
+        return [rule, *neighbours(rule, "matvec" if self.kernel == "matvec" else "matmul")]
 
 
 def tasks(gpu: Gpu) -> Iterator[Task]:

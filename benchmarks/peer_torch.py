@@ -144,7 +144,7 @@ class Reference:
         for n in range(d.num_layers):
             k, v = torch.randn(2, 1, d.num_kv_heads, context, d.head_dim, dtype=self.dtype)
             cache.update(k, v, n)
-        token = torch.tensor([[1000]])
+        token = torch.tensor([[100]])
         clock = []
         for _ in range(n_new + 1):  # the first is not counted
             clock.append(self._wait())
