@@ -6,6 +6,7 @@ Programs are bound, on a stand-in for a card, and nothing is compiled or started
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,7 +105,30 @@ def test_warming_up_covers_every_size_of_a_request(model: SimpleNamespace, backe
         warm(model, config, backend, F16, lambda done, total: calls.append((done, total)))
     assert {"_draw", "_penalise", "_advance", "_attend_split", "_attend_many", "matmul"} <= driver.variants.keys()
     assert driver.started == []
-    keys = [("decoder", n, head, True) for n in range(64, 513, 64) for head in ("last", "none")]
-    keys += [("decoder", 1, "all", False), *(clip_key(config, n, 133) for n in range(1, 9))]
+    keys = [("decoder", n, "last", True) for n in range(64, 513, 64)]
+    keys += [
+        ("decoder", 512, "none", True),
+        ("decoder", 1, "all", False),
+        *(clip_key(config, n, 133) for n in range(1, 9)),
+    ]
     for kernel, needed in variants(model, backend, 768, *keys).items():
         assert needed <= driver.variants[kernel], kernel
+
+
+def test_the_command_makes_a_card_ready_for_a_file_or_the_usual_shapes(
+    tmp_path: Path, backend: Backend, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from auricle.tools.cli import warmup
+    from auricle.tools.synth import write_synth
+
+    path = tmp_path / "tiny.gguf"
+    write_synth(plan_synth("tiny", "q4_k"), path)
+    monkeypatch.setattr(warmup, "USUAL", (("tiny", "q4_k"),))
+    found = []
+    for model in (path, None):
+        with StandInDriver(90, compiles=False) as driver:
+            warmup.warm_card(backend, model, None)
+        found.append(driver.variants)
+        assert "kernels for stand-in ready after" in capsys.readouterr().err
+    assert found[0] == found[1]
+    assert found[0]["_attend_split"]

@@ -97,6 +97,8 @@ def list_drafts(config: MossAudioConfig, backend: Backend) -> Iterator[Draft]:
     while n <= backend.prefill_chunk:
         yield draft_program(config, backend, N_SLOTS, ("decoder", n, "last", True), ["logits"])
         n *= 2
+    # Of a piece that is not the last, the last layer only fills the cache.
+    yield draft_program(config, backend, N_SLOTS, ("decoder", backend.prefill_chunk, "none", True), [])
     n_frames = config.encoder.window_frames
     batches = [(1, n_frames // 4), (1, n_frames // 2)]
     n_windows = 1
