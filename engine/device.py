@@ -6,6 +6,7 @@ Knows how memory is had, filled and read back. Knows no op, no model and no plan
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,10 @@ class Device:
     def fetch(self, value: Tensor) -> np.ndarray:
         """The numbers, perhaps as a view that the next run overwrites."""
         return value.numpy()
+
+    def binding(self) -> AbstractContextManager[None]:
+        """Within it programs are bound; where that compiles kernels, it is done when this ends."""
+        return nullcontext()
 
     def place(self, weight: Weight) -> Any:
         """One tensor of a file as kernels take it."""

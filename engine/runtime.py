@@ -25,7 +25,7 @@ from .rewrite import observe
 if TYPE_CHECKING:
     from .backends.backend import Backend
     from .gguf import GGUFFile
-    from .sampling import Sampler
+    from .sampling import Kind, Sampler
 
 MAX_PROGRAMS = 16  # of plain runs; the one not used for longest goes
 ONE_TOKEN = ("decoder", 1, "all", False)
@@ -196,9 +196,10 @@ class Runtime:
 
     # Decoding.
 
-    def prefill(self, prompt: Prompt, rows: list[torch.Tensor], n_new: int = 0) -> np.ndarray:
+    def prefill(self, prompt: Prompt, rows: list[torch.Tensor], n_new: int = 0, kind: Kind | None = None) -> np.ndarray:
         """Fills the cache with a prompt from position 0 on; gives the logits after its last token [n_vocab], which the
-        next run overwrites. `n_new`: tokens that will come after it, so that the cache need not grow."""
+        next run overwrites. `n_new`: tokens that will come after it, so that the cache need not grow; `kind`: how they
+        will be chosen, so that `steps` begins at once."""
         n = len(prompt.ids)
         self._enter("decoder")
         self.find_room(n + n_new)
@@ -207,6 +208,8 @@ class Runtime:
             stop = min(start + step, n)
             head: Head = "last" if stop == n else "none"
             results = self._run_chunk(prompt, rows, slice(start, stop), head, ["logits"] if head == "last" else [])
+        if kind is not None and n_new > 1 and self.backend.bind_steps is not None:
+            self._stepper(kind)  # while an accelerator is at work
         return self._device.fetch(results["logits"][0])
 
     def decode(self, token: int, position: int) -> np.ndarray:
@@ -228,16 +231,18 @@ class Runtime:
         if n_steps == 0:
             return
         self.find_room(position + n_steps, keep=True)
-        key = ("steps", *sampler.options.kind)
+        yield from self._stepper(sampler.options.kind).run(token, position, n_steps, sampler)
+
+    def _stepper(self, kind: Kind) -> Any:
+        """What makes steps with tokens chosen in one way, where the backend does that."""
+        key = ("steps", *kind)
         if key not in self._programs:
-            kind, n_vocab = sampler.options.kind, self.config.decoder.vocab_size
-            head, result = ("token", "token") if kind.likeliest else ("all", "logits")
-            program = ("decoder", 1, head, False)
-            draft = self._fit_arena(draft_program(self.config, self.backend, self.n_slots, program, [result]))
-            bind = self.backend.bind_steps
-            self._keep(key, bind(draft, self._weights, self.caches, self._arena, kind, n_vocab, self.n_slots))
+            draft = self._fit_arena(draft_program(self.config, self.backend, self.n_slots, *step_program(kind)))
+            sizes = (kind, self.config.decoder.vocab_size, self.n_slots)
+            with self._device.binding():
+                self._keep(key, self.backend.bind_steps(draft, self._weights, self.caches, self._arena, *sizes))
         self._programs[key] = self._programs.pop(key)  # the last used goes last
-        yield from self._programs[key].run(token, position, n_steps, sampler)
+        return self._programs[key]
 
     def trace_decoder(
         self, prompt: Prompt, rows: list[torch.Tensor], capture: Collection[str], feed: Arrays
@@ -298,10 +303,11 @@ class Runtime:
         observed = self._observers is not None
         draft = draft_program(self.config, self.backend, self.n_slots, key, capture, feed or (), observed=observed)
         states = self.caches | self._sums_of(draft)
-        if feed is not None:
-            return Program(draft, self._weights, states, poison=self.poison)
-        draft = self._fit_arena(draft)
-        return self._keep(full_key, Program(draft, self._weights, states, self._arena, self.poison))
+        if feed is None:
+            draft = self._fit_arena(draft)
+        with self._device.binding():
+            program = Program(draft, self._weights, states, self._arena if feed is None else None, self.poison)
+        return self._keep(full_key, program) if feed is None else program
 
     def _fit_arena(self, draft: Draft) -> Draft:
         """Sees to it that the arena that plain runs share is large enough."""
@@ -331,6 +337,12 @@ def listening_backend(backend: Backend) -> Backend:
     chosen = find_backend("cpu")
     adapters = tuple(rule for rule in backend.rules if isinstance(rule, partial))
     return replace(chosen, rules=(*adapters, *chosen.rules))
+
+
+def step_program(kind: Kind) -> tuple[tuple, list[str]]:
+    """Key and result of the program for a step whose token is chosen in that way."""
+    head, result = ("token", "token") if kind.likeliest else ("all", "logits")
+    return ("decoder", 1, head, False), [result]
 
 
 def draft_program(

@@ -298,7 +298,7 @@ class Stream:
         clock = [time.perf_counter()]
         rows = self._model.runtime.encode(self._heard.mels) if self._heard.mels else []
         clock.append(time.perf_counter())
-        logits = self._model.runtime.prefill(self._prompt, rows, self._n_new())
+        logits = self._model.runtime.prefill(self._prompt, rows, self._n_new(), self._options.kind)
         del rows
         clock.append(time.perf_counter())
         finish_reason = "length"

@@ -30,7 +30,7 @@ class NoEvent:
 class StandIn:
     """A card's interface (see `engine/backends/cuda_device.py`). `allocated` and `peak` are bytes, `captured` calls."""
 
-    name, capability = "stand-in", (8, 9)
+    name, capability, processors = "stand-in", (8, 9), 34
 
     def __init__(self) -> None:
         self.target = torch.device("cpu")
@@ -63,6 +63,9 @@ class StandIn:
 
     def free_bytes(self) -> int:
         return 1 << 40
+
+    def total_bytes(self) -> int:
+        return 12 << 30
 
     def peak_bytes(self) -> int:
         return self.peak

@@ -177,6 +177,27 @@ def card() -> Backend:
     return make_backend(StandIn())
 
 
+@pytest.mark.parametrize(
+    ("gib", "processors", "windows", "chunk"),
+    [
+        (8, 24, 4, 512),
+        (16, 34, 8, 512),
+        (24, 128, 16, 1024),
+        (80, 132, 32, 1024),
+        (141, 132, 64, 1024),
+        (4, 16, 2, 512),
+    ],
+)
+def test_work_is_cut_by_the_size_of_the_card(gib: int, processors: int, windows: int, chunk: int) -> None:
+    from auricle.engine.backends.cuda import batch_sizes
+
+    total = gib << 30
+    assert batch_sizes(total, total, processors) == {"window_batch": windows, "prefill_chunk": chunk}
+    busy = batch_sizes(total, total // 8, processors)
+    assert busy["window_batch"] < windows
+    assert batch_sizes(total, 0, processors)["window_batch"] == 1
+
+
 def test_the_small_recipe_fits_a_small_card(card: Backend) -> None:
     file = synthetic("moss-audio-4b", "q4_k_all")
     request = Request((1100,), n_prompt=200, n_distinct=150, n_new=256)

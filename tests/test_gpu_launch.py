@@ -18,7 +18,7 @@ triton = pytest.importorskip(
 )
 
 from auricle.kernels.gpu import norms, rope, rows  # noqa: E402
-from auricle.kernels.gpu.launch import Launch, launch, record  # noqa: E402
+from auricle.kernels.gpu.launch import Launch, launch, record, together  # noqa: E402
 from stand_in import StandInDriver  # noqa: E402
 
 
@@ -129,3 +129,20 @@ def test_frequencies_are_no_part_of_a_variant(driver: StandInDriver) -> None:
     a, b = (record(rope.rope, x, rope.rope_frequencies(32, theta), positions, out) for theta in (1e4, 1e6))
     assert isinstance(a, Launch)
     assert a._compiled is b._compiled
+
+
+def test_kernels_that_are_bound_together_are_compiled_together(driver: StandInDriver) -> None:
+    x, out, seen = random(4, 64), random(4, 64), []
+    with together(lambda done, total: seen.append((done, total)), seconds=0.01):
+        starts = [record(function, x, out) for function in (rows.gelu, rows.silu, rows.gelu)]
+        assert not driver.started
+    assert seen[-1] == (2, 2)
+    for start in starts:
+        start()
+    assert [s.grid for s in driver.started] == [(1, 1, 1)] * 3
+    assert driver.started[0].kernel is driver.started[1].kernel  # one function, of which there are two variants
+    assert len(driver.variants["_map"]) == 2
+    seen.clear()
+    with together(lambda done, total: seen.append((done, total))):
+        record(rows.gelu, x, out)
+    assert seen == []

@@ -41,6 +41,31 @@ RULES = (
 )
 
 
+# What work is cut into, by the card. A tile of a product is 128 rows and tokens; the narrowest products of published
+# models have 1280 rows in the encoder and 2560 in the decoder. Bytes are of the arena and of what libraries take.
+TILE = 128
+WAVES = 2  # tiles for each multiprocessor, at least, so that the last few do not leave most of them idle
+ENCODER_TILES, DECODER_TILES = 10, 20  # of rows
+WINDOW_TOKENS, WINDOW_BYTES = 50, 82 << 20
+MOST_WINDOWS = 64
+CHUNKS = (512, 2048)  # tokens: the fewest and the most
+
+
+def batch_sizes(total: int, free: int, processors: int) -> dict[str, int]:
+    """`window_batch` and `prefill_chunk` for a card of `total` bytes, of which `free` are, and so many multiprocessors:
+    enough to keep all of them busy, but a batch of windows takes no more than a sixteenth of the memory, or an eighth
+    of what is free. Powers of two."""
+    tokens = TILE * WAVES * processors
+    windows = min(tokens // (ENCODER_TILES * WINDOW_TOKENS), total // 16 // WINDOW_BYTES, free // 8 // WINDOW_BYTES)
+    chunk = min(max(tokens // DECODER_TILES, CHUNKS[0]), CHUNKS[1])
+    return {"window_batch": power_below(min(windows, MOST_WINDOWS)), "prefill_chunk": power_below(chunk)}
+
+
+def power_below(n: int) -> int:
+    """The largest power of two up to n, at least 1."""
+    return 1 << max(n, 1).bit_length() - 1
+
+
 def make_backend(card: Card, precision: str = "auto", pick: Picker | None = None) -> Backend:
     """`precision`: one of `CARD_PRECISIONS`. `pick`: how products are cut; None as `kernels/gpu/tune.py` says for that
     card."""
@@ -48,7 +73,8 @@ def make_backend(card: Card, precision: str = "auto", pick: Picker | None = None
     exact = precision == "exact"
     cut = pick or partial(tune.pick, device_name=card.name, capability=card.capability)
     kernels = cuda_torch.KERNELS | cuda_rows.KERNELS | linear_kernels(exact, cut)
-    sizes = {"kv_type": "f16", "window_batch": 8, "prefill_chunk": 512, "prefill_step": 64}
+    sizes = batch_sizes(card.total_bytes(), card.free_bytes(), card.processors)
+    sizes |= {"kv_type": "f16", "prefill_step": 64}
     rounds = frozenset() if exact else frozenset(fmt.name for fmt, kind in UNITS.items() if kind.unit.coded)
     return Backend("cuda", kernels, RULES, **sizes, rounds=rounds, device=CardDevice(card), bind_steps=Stepper)
 

@@ -39,6 +39,7 @@ class Card:
         self.target = torch.device("cuda", number)
         self.name = torch.cuda.get_device_name(number)
         self.capability = torch.cuda.get_device_capability(number)
+        self.processors = torch.cuda.get_device_properties(number).multi_processor_count
 
     def empty(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] on the card. Raises BackendError when there is not as much."""
@@ -80,6 +81,9 @@ class Card:
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.target)[0]
+
+    def total_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.target)[1]
 
     def peak_bytes(self) -> int:
         """The most that was allocated at a time so far, as PyTorch counts."""

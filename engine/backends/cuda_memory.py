@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from ...kernels import layouts
 from ...kernels.dequantize import dequantize
 from ...kernels.formats import F16, Format
+from ...kernels.gpu.launch import together
 from ...kernels.gpu.tiles import TILES
 from ...kernels.gpu.weights import DeviceWeight
 from ..device import CacheShape, Device, Weights
@@ -57,6 +59,16 @@ def placed_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
 def tell_decoded(name: str) -> None:
     """Said once for each type."""
     log.info("matrices in %s are kept as F16 on the card: there is no kernel for that type", name)
+
+
+def tell_compiling(done: int, total: int) -> None:
+    if done < total:
+        tell_compiling_once()
+
+
+@cache
+def tell_compiling_once() -> None:
+    log.info("compiling kernels for this card, which takes a minute and is kept; `auricle warmup` does it ahead")
 
 
 class Staging:
@@ -147,6 +159,9 @@ class CardDevice(Device):
     def fetch(self, value: Tensor) -> np.ndarray:
         """Waits for it."""
         return value.cpu().numpy()
+
+    def binding(self) -> AbstractContextManager[None]:
+        return together(tell_compiling)
 
     def place(self, weight: Weight) -> Any:
         return self.bring(weight, self.empty(placed_bytes(weight.format, weight.shape)))

@@ -7,16 +7,21 @@ and its arguments, and goes straight to Triton's launcher afterwards. Knows no k
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from triton import AsyncCompileMode
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 Grid = tuple[int, ...]
 Start = Callable[[], None]
+Progress = Callable[[int, int], None]
 
 _here = threading.local()  # `.launches`: where those of this thread are recorded, if they are
 
@@ -73,6 +78,19 @@ def record(function: Callable[..., None], *arguments: Any, **options: Any) -> St
     finally:
         _here.launches = None
     return launches[0] if len(launches) == 1 else partial(start_all, launches)
+
+
+@contextmanager
+def together(progress: Progress, seconds: float = 0.5) -> Iterator[None]:
+    """Compiles the kernels that are bound within on all cores at once; they are ready when it ends. Those kept on disk
+    are only read. `progress(done, total)`: called every so many seconds then, and at the end, if there were any."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
+        yield
+        total = len(mode.raw_futures)
+        left = set(mode.raw_futures)
+        while left:
+            _, left = wait(left, seconds)
+            progress(total - len(left), total)
 
 
 def start_all(launches: list[Launch]) -> None:
