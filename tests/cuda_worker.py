@@ -49,12 +49,12 @@ def cut(kernel: str, format_name: str, n_tokens: int, n_rows: int, n_cols: int) 
         return 1 << (n - 1).bit_length()
 
     few = kernel == "matvec"
-    rows, cols = min(512, power(n_rows)), min(256, power(n_cols))
+    rows, cols = min(512, power(n_rows)), min(512 if few else 256, power(n_cols))
     return Config(max(16, rows), max(32, cols), n_tokens if few else max(16, min(64, power(n_tokens))), 4, 1)
 
 
-def backend() -> Backend:
-    return make_backend(StandIn(), cut)
+def backend(precision: str = "auto") -> Backend:
+    return make_backend(StandIn(), precision, cut)
 
 
 # Ops.
@@ -87,7 +87,7 @@ def error_of(case: Case, chosen: Backend, fmt: Format = F32, kv_format: Format =
 
 
 def run_ops() -> dict[str, Any]:
-    chosen = backend()
+    chosen, exact = backend(), backend("exact")
     small = [c for c in CASES if sum(v.size for v in c.graph().leaves_of("weight")) <= MOST_NUMBERS]
     errors = {c.name: error_of(c, chosen) for c in small}
     for case in small:
@@ -97,7 +97,9 @@ def run_ops() -> dict[str, Any]:
         if case.name == "kv_attention-1x8of2x32-after-40":
             errors |= {f"{case.name} {fmt}": error_of(case, chosen, F32, fmt) for fmt in (F16, Q8_0)}
     errors |= {f"head {fmt}": error_of(HEAD, chosen, fmt) for fmt in (F16, Q4_K)}
-    return {"errors": errors, "large": {n: large_channel(chosen, n) for n in (2, 9)}}
+    errors |= {f"head {fmt} exact": error_of(HEAD, exact, fmt) for fmt in (Q8_0,)}
+    errors |= {f"{c.name} Q8_0 exact": error_of(c, exact, Q8_0) for c in small if c.name == OTHER_TYPES[1]}
+    return {"errors": errors, "large": {n: large_channel(backend("exact"), n) for n in (2, 17)}}
 
 
 def large_channel(chosen: Backend, n_tokens: int) -> dict[str, float]:
