@@ -31,8 +31,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "auricle.kernels.gpu"
 RESULT = RESULTS / "kernels-static.json"
 KEYS = ("kernel", "type", "arch", "config", "registers", "stack", "local", "shared", "load_bits", "tensor_core")
+KEYS += ("activation_bits", "instructions")
 MATVEC_WARPS = 12  # that a multiprocessor keeps resident at least: so many loads in flight hide what memory takes
 MATVEC_BITS = 64  # of a load of weights at least
+ACTIVATION_BITS = 128  # of a load of activations at least, in the mat-vec
+INSTRUCTIONS = {1: 2.5, 2: 3.0, 4: 4.0, 8: 6.0}  # of the mat-vec for a weight at most, by tokens
 
 
 def list_modules() -> list[str]:
@@ -99,8 +102,18 @@ def row_faults(row: dict[str, Any]) -> Iterator[str]:
             yield f"weights are loaded {row['load_bits']} bits at a time"
         if 0 < n_resident < MATVEC_WARPS:
             yield f"{n_resident} warps resident with {row['registers']} registers; {MATVEC_WARPS} hide the memory"
+        yield from work_faults(row)
     if row["kernel"].startswith("matmul") and not row["tensor_core"]:
         yield "no tensor core instructions"
+
+
+def work_faults(row: dict[str, Any]) -> Iterator[str]:
+    """Of a mat-vec: activations that are loaded in small pieces, and too many instructions."""
+    most = INSTRUCTIONS[row["config"]["tokens"]]
+    if row["activation_bits"] < ACTIVATION_BITS:
+        yield f"activations are loaded {row['activation_bits']} bits at a time"
+    if row["instructions"] > most:
+        yield f"{row['instructions']} instructions a weight, at most {most}"
 
 
 def resident_warps(row: dict[str, Any]) -> int:
@@ -118,11 +131,13 @@ def format_config(config: dict[str, Any]) -> str:
 
 
 HEAD = ("kernel", "type", "sm", "configuration", "registers", "stack", "local", "shared", "load", "tensor", "warps")
+HEAD += ("instructions a weight",)
 
 
 def format_row(row: dict[str, Any]) -> str:
     cells = [row["kernel"], row["type"], row["arch"], format_config(row["config"]), row["registers"], row["stack"]]
     cells += [row["local"], row["shared"], row["load_bits"], "yes" if row["tensor_core"] else "", resident_warps(row)]
+    cells.append(row["instructions"] or "")
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -12,11 +12,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from gpu import require_gpu, time_launches
-from kernel_times import TOLERANCE, Card, Job, Stock, list_products, occurs
+from kernel_times import Card, Job, Stock, list_products, occurs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -31,15 +31,19 @@ LIMITS = {
     "warps": (1, 16),
     "stages": (1, 5),
 }
-CHANGED = {"matvec": ("warps", "rows", "cols"), "matmul": ("warps", "rows", "tokens", "cols", "stages")}
+# Columns of a mat-vec are the rule's: see `tune.pick`.
+CHANGED = {"matvec": ("warps", "rows", "stages"), "matmul": ("warps", "rows", "tokens", "cols", "stages")}
 WORTH = 0.98  # of the best time so far: what is not faster than that is chance
 
 
 def neighbours(config: Config, kernel: str) -> Iterator[Config]:
-    """Configurations with one size halved or doubled; stages one more or less."""
+    """Configurations with one size halved or doubled; stages one more or less, or any number in a mat-vec, where only
+    those count that divide the steps of a row."""
     for name in CHANGED[kernel]:
         value, (least, most) = getattr(config, name), LIMITS[name]
-        changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+        changed: Iterable[int] = (value // 2, value * 2)
+        if name == "stages":
+            changed = set(range(least, most + 1)) - {value} if kernel == "matvec" else (value - 1, value + 1)
         yield from (replace(config, **{name: n}) for n in changed if least <= n <= most)
 
 
@@ -50,7 +54,7 @@ def time_config(job: Job, config: Config, seconds: float) -> float:
         return config
 
     try:
-        if job.error(chosen) > TOLERANCE:
+        if job.error(chosen) > job.tolerance:
             print(f"wrong: {job.stock.product.name} {job.stock.format} {config}", file=sys.stderr)
             return float("inf")
         return time_launches(job.calls(chosen), seconds)

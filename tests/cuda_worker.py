@@ -54,12 +54,12 @@ def cut(kernel: str, format_name: str, n_tokens: int, n_rows: int, n_cols: int) 
         return 1 << (n - 1).bit_length()
 
     few = kernel == "matvec"
-    rows, cols = min(512, power(n_rows)), min(256, power(n_cols))
+    rows, cols = min(512, power(n_rows)), min(512 if few else 256, power(n_cols))
     return Config(max(16, rows), max(32, cols), n_tokens if few else max(16, min(64, power(n_tokens))), 4, 1)
 
 
-def backend() -> Backend:
-    return find_backend("cuda") if CARD else make_backend(StandIn(), pick=cut)
+def backend(precision: str = "auto") -> Backend:
+    return find_backend("cuda", precision) if CARD else make_backend(StandIn(), precision, cut)
 
 
 # Ops.
@@ -101,7 +101,12 @@ def op_checks(chosen: Backend) -> dict[str, Callable[[], float]]:
                 checks[f"{case.name} {fmt}"] = partial(error_of, case, chosen, fmt)
         if case.name == "kv_attention-1x8of2x32-after-40":
             checks |= {f"{case.name} {fmt}": partial(error_of, case, chosen, F32, fmt) for fmt in (F16, Q8_0)}
-    return checks | {f"head {fmt}": partial(error_of, HEAD, chosen, fmt) for fmt in (F16, Q4_K)}
+    exact = backend("exact")
+    checks |= {f"head {fmt}": partial(error_of, HEAD, chosen, fmt) for fmt in (F16, Q4_K)}
+    checks["head Q8_0 exact"] = partial(error_of, HEAD, exact, Q8_0)
+    return checks | {
+        f"{c.name} Q8_0 exact": partial(error_of, c, exact, Q8_0) for c in small if c.name == OTHER_TYPES[1]
+    }
 
 
 def run_ops() -> dict[str, Any]:
@@ -143,7 +148,7 @@ def normed_attention(feed: dict[str, np.ndarray], shape: tuple[int, int, int]) -
 
 def run_large() -> dict[int, dict[str, float]]:
     """Errors beside a channel of 1e5, for few tokens and for many."""
-    return {n: large_channel(backend(), n) for n in (2, 9)}
+    return {n: large_channel(backend("exact"), n) for n in (2, 17)}
 
 
 def large_channel(chosen: Backend, n_tokens: int) -> dict[str, float]:

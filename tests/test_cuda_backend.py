@@ -41,6 +41,7 @@ RULES = pytest.importorskip("auricle.engine.backends.cuda").RULES
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HALF_ERROR = 2e-3  # relative norm, of products in half precision
+BYTE_ERROR = 1e-2  # of products of a few tokens, which are rounded to int8
 
 
 def run_worker(*arguments: object) -> dict:
@@ -56,7 +57,11 @@ def run_worker(*arguments: object) -> dict:
 def test_every_op_agrees_with_the_reference() -> None:
     result = run_worker("ops")
     assert len(result["errors"]) > 60
-    assert not {name: error for name, error in result["errors"].items() if not error <= HALF_ERROR}
+    rounded = {name for name in result["errors"] if name.endswith(("Q8_0", "Q4_K")) and not name.startswith("kv_")}
+    assert len(rounded) > 5
+    limits = {name: BYTE_ERROR if name in rounded else HALF_ERROR for name in result["errors"]}
+    assert not {name: error for name, error in result["errors"].items() if not error <= limits[name]}
+    assert result["errors"]["head Q8_0 exact"] == 0.0
     assert len(result["padding"]) == 6
     assert all(result["padding"].values())
     for large in result["large"].values():  # a residual stream in half precision would be inf, or lose the rest

@@ -13,17 +13,21 @@ from hypothesis import strategies as st
 from auricle.kernels.formats import FORMATS
 from auricle.kernels.gpu.tune import (
     FEW,
+    PASS,
     PROCESSORS,
     RULES,
     TUNED,
     Config,
     Entry,
     TuneError,
+    ahead_of,
+    lanes_of,
     load_table,
     pick,
     resident_blocks,
     shared_bytes,
     slug,
+    unit_of,
     write_table,
 )
 
@@ -119,7 +123,8 @@ def test_rules_keep_to_the_limits(
     tiles = (config.rows, config.cols, config.tokens, config.warps)
     assert all(n > 0 and n & (n - 1) == 0 for n in tiles), config  # Triton's blocks are powers of two
     if kernel == "matvec":
-        assert n_tokens <= config.tokens < 2 * n_tokens
+        assert min(n_tokens, PASS) <= config.tokens < 2 * n_tokens
+        assert config.cols == pick(kernel, fmt, 1, n_rows, n_cols, capability=capability).cols
     else:
         sizes = config.rows, config.cols, config.tokens, config.stages
         assert shared_bytes(fmt, *sizes) <= PROCESSORS[capability].shared
@@ -138,10 +143,24 @@ def test_configurations_are_plain_data() -> None:
     assert [f.name for f in dataclasses.fields(Config)] == ["rows", "cols", "tokens", "warps", "stages"]
 
 
-@pytest.mark.parametrize(
-    ("fmt", "bits"), [("Q4_0", 4), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 4), ("Q8_0", 8), ("F16", 16), ("F32", 32)]
-)
-@pytest.mark.parametrize("n_tokens", [1, 2, 4, 8])
-def test_every_thread_of_a_mat_vec_has_16_bytes_of_codes_to_load(fmt: str, bits: int, n_tokens: int) -> None:
-    config = pick("matvec", fmt, n_tokens, 2560, 9728)
-    assert config.rows * config.cols * bits == 8 * 16 * 32 * config.warps
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize(("n_rows", "n_cols"), [(2560, 4096), (6144, 2560), (9728, 2560), (2560, 9728), (151936, 2560)])
+def test_every_thread_of_a_mat_vec_has_rows_and_few_idle_steps(
+    fmt: str, n_tokens: int, n_rows: int, n_cols: int
+) -> None:
+    unit, config = unit_of(fmt), pick("matvec", fmt, n_tokens, n_rows, n_cols, capability=(9, 0))
+    lanes = lanes_of(config, unit)
+    assert lanes <= 32
+    assert config.rows * lanes % (32 * config.warps) == 0
+    steps = -(-n_cols // (lanes * unit))
+    assert steps * lanes * unit <= 1.1 * n_cols
+    assert steps % ahead_of(config, unit, n_cols) == 0
+
+
+def test_measured_cuts_of_a_mat_vec_keep_the_order_of_sums(tmp_path: Path) -> None:
+    measured = Config(64, 2048, 1, 2, 3)
+    write_table(tmp_path / f"{slug(CARD)}.json", [Entry("matvec", "Q4_K", 1, 9728, 2560, measured, 1.0)], FACTS)
+    found = pick("matvec", "Q4_K", 1, 9728, 2560, CARD, folder=tmp_path)
+    by_rule = RULES["matvec"]("Q4_K", 1, 9728, 2560, (8, 9))
+    assert found == dataclasses.replace(measured, cols=by_rule.cols) != by_rule

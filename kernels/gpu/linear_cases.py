@@ -9,12 +9,14 @@ from typing import Any
 
 from ..formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Format
 from . import tune
-from .linear import Picker, few_pieces_of, pieces_of, pitch_of
+from .activations import COLS, padded_cols, prepare_few, record_words
+from .linear import CHUNK, Picker, ahead_of, lanes_of, pieces_of, pitch_of
 from .matmul import matmul, prepare
 from .matvec import matvec, matvec_gated, matvec_three
 from .static import Case
 from .tiles import TILES
-from .tune import Config
+from .tune import PASS, WARP, Config
+from .units import UNITS, Unit
 
 D_MODEL, D_FF, N_VOCAB = 2560, 9728, 151936  # of the 4B model
 ROWS = "i32:16"  # matrices whose rows are multiples of 16, as those of all models are
@@ -28,69 +30,135 @@ def static_cases(capability: tuple[int, int] = (8, 9)) -> Iterator[Case]:
     for fmt in (F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K):
         for n_tokens in (1, 2, 4, 8):
             yield matvec_case(fmt, n_tokens, pick)
-        for n_tokens in (16, 64, 512):
+        for n_tokens in (32, 64, 512):
             yield matmul_case(fmt, n_tokens, pick)
-    for n_tokens in (1, 4):
+        if fmt.length > 1:
+            yield matvec_case(fmt, 1, pick, exact=True)
+            for n_tokens in (1, 8):
+                yield gated_case(fmt, n_tokens, pick)
+    for n_tokens in (1, 8):
         yield three_case((Q4_K, Q4_K, Q6_K), n_tokens, pick)
-        yield gated_case(Q4_K, n_tokens, pick)
-    yield three_case((Q8_0, Q8_0, Q8_0), 1, pick)
-    yield best_case(Q6_K, pick)
+        yield three_case((Q8_0, Q8_0, Q8_0), n_tokens, pick)
+    for fmt in (Q4_K, Q6_K):
+        yield best_case(fmt, pick)
     yield matmul_case(Q4_K, 512, pick, gated=True)
     for n_cols in (D_MODEL, D_FF):
         yield prepare_case(n_cols)
+    for norm in ("none", "rms", "layer"):
+        yield prepare_few_case(D_FF if norm == "none" else D_MODEL, norm)
 
 
 def _config(cut: Config, **more: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(cut).items() if key not in ("warps", "stages")} | more
 
 
-def _numbers(cut: Config, n_tokens: int) -> dict[str, Any]:
-    return {"NORM": "rms", "N_COLS": D_MODEL, "TOKENS": n_tokens, "ROWS": cut.rows, "shift": None}
+def _share(fmt: Format, cut: Config, n_cols: int, *, exact: bool = False, number: str = "") -> dict[str, Any]:
+    """What a mat-vec kernel must know of a matrix, under the names of its arguments."""
+    kind = UNITS[fmt]
+    unit = kind.matrix(n_cols, exact)
+    pitch = record_words(n_cols) if unit.rounded else padded_cols(n_cols)
+    shared = {"DECODE": kind.decode, "UNIT": unit, "PITCH": pitch}
+    shared |= {"LANES": lanes_of(cut, unit.weights), "AHEAD": ahead_of(cut, unit.weights, n_cols)}
+    return {name + number: value for name, value in shared.items()}
 
 
-def matvec_case(fmt: Format, n_tokens: int, pick: Picker) -> Case:
-    """ffn.down: no norm, a residual."""
-    cut, tile = pick("matvec", fmt.name, n_tokens, D_MODEL, D_FF), TILES[fmt]
-    signature = {"x": "*fp32", "eps": "fp32", "w": "*i32", "residual": "*fp32", "out": "*fp32", "n_rows": ROWS}
-    constants = {"DECODE": tile.decode, "SHAPE": tile.matrix(D_FF), "PIECES": few_pieces_of(fmt, cut), "GELU": False}
-    constants |= dict.fromkeys(("gain", "shift", "bias", "best_value", "best_index"))
-    constants |= {"NORM": "none", "N_COLS": D_FF, "TOKENS": n_tokens, "ROWS": cut.rows}
-    config = _config(cut, tokens=n_tokens)
-    return Case("matvec", fmt.name, config, matvec, signature, constants, cut.warps, cut.stages, ("w",))
+def _few(cut: Config, n_tokens: int, n_cols: int) -> dict[str, Any]:
+    passes = -(-n_tokens // PASS)
+    return {"N_COLS": n_cols, "PASSES": passes, "TOKENS": min(n_tokens, PASS), "ROWS": cut.rows}
+
+
+def _x(unit: Unit) -> str:
+    return "*i32" if unit.rounded else "*fp32"
+
+
+def _work(cut: Config, n_tokens: int, n_cols: int, *units: Unit) -> dict[str, Any]:
+    """What a thread does: weights of its rows, and products of four of them with a token, steps that are not full
+    included."""
+    padded = [n_cols + -n_cols % (unit.weights * lanes_of(cut, unit.weights)) for unit in units]
+    threads = cut.warps * WARP
+    if not all(unit.rounded for unit in units):
+        return {}
+    return {
+        "n_weights": cut.rows * n_cols * len(units) / threads,
+        "dots": cut.rows * sum(padded) * n_tokens // (4 * threads),
+    }
+
+
+def matvec_case(fmt: Format, n_tokens: int, pick: Picker, *, exact: bool = False) -> Case:
+    """ffn.down with a residual."""
+    cut = pick("matvec", fmt.name, n_tokens, D_MODEL, D_FF)
+    constants = _share(fmt, cut, D_FF, exact=exact) | _few(cut, n_tokens, D_FF) | {"GELU": False}
+    constants |= dict.fromkeys(("bias", "best_value", "best_index"))
+    unit = constants["UNIT"]
+    signature = {"x": _x(unit), "w": "*i32", "residual": "*fp32", "out": "*fp32", "n_rows": ROWS, "n_tokens": "i32"}
+    config, work = _config(cut, tokens=n_tokens), _work(cut, n_tokens, D_FF, unit)
+    name = "matvec_exact" if exact else "matvec"
+    return Case(name, fmt.name, config, matvec, signature, constants, cut.warps, 1, ("w",), ("x",), **work)
 
 
 def best_case(fmt: Format, pick: Picker) -> Case:
     """lm_head, of which only the likeliest token is wanted."""
-    cut, tile = pick("matvec", fmt.name, 1, N_VOCAB, D_MODEL), TILES[fmt]
-    signature = FLOATS | {"w": "*i32", "best_value": "*fp32", "best_index": "*i32", "n_rows": ROWS}
-    constants = {"DECODE": tile.decode, "SHAPE": tile.matrix(D_MODEL), "PIECES": few_pieces_of(fmt, cut), "GELU": False}
-    constants |= dict.fromkeys(("bias", "residual", "out")) | _numbers(cut, 1)
-    return Case("matvec_best", fmt.name, _config(cut), matvec, signature, constants, cut.warps, cut.stages, ("w",))
+    cut = pick("matvec", fmt.name, 1, N_VOCAB, D_MODEL)
+    constants = _share(fmt, cut, D_MODEL) | _few(cut, 1, D_MODEL) | {"GELU": False}
+    constants |= dict.fromkeys(("bias", "residual", "out"))
+    signature = {
+        "x": "*i32",
+        "w": "*i32",
+        "best_value": "*fp32",
+        "best_index": "*i32",
+        "n_rows": ROWS,
+        "n_tokens": "i32",
+    }
+    work = _work(cut, 1, D_MODEL, constants["UNIT"])
+    return Case(
+        "matvec_best", fmt.name, _config(cut), matvec, signature, constants, cut.warps, 1, ("w",), ("x",), **work
+    )
 
 
 def three_case(types: tuple[Format, Format, Format], n_tokens: int, pick: Picker) -> Case:
-    """q|k|v after RMSNorm."""
-    cut = pick("matvec", types[0].name, n_tokens, 4096, D_MODEL)
-    signature, constants = dict(FLOATS), dict.fromkeys(("bias0", "bias1", "bias2")) | _numbers(cut, n_tokens)
+    """q|k|v."""
+    widest = max(types, key=lambda fmt: UNITS[fmt].unit.weights)
+    cut = pick("matvec", widest.name, n_tokens, 4096, D_MODEL)
+    signature: dict[str, str] = {"n_tokens": "i32"}
+    constants = dict.fromkeys(("bias0", "bias1", "bias2")) | _few(cut, n_tokens, D_MODEL)
     for i, fmt in enumerate(types):
-        signature |= {f"w{i}": "*i32", f"out{i}": "*fp32", f"n{i}": ROWS}
-        constants |= {f"DECODE{i}": TILES[fmt].decode, f"SHAPE{i}": TILES[fmt].matrix(D_MODEL)}
-        constants[f"PIECES{i}"] = few_pieces_of(fmt, cut)
+        signature |= {f"x{i}": "*i32", f"w{i}": "*i32", f"out{i}": "*fp32", f"n{i}": ROWS}
+        constants |= _share(fmt, cut, D_MODEL, number=str(i))
     name, config = "+".join(fmt.name for fmt in types), _config(cut, tokens=n_tokens)
-    weights = ("w0", "w1", "w2")
-    return Case("matvec_three", name, config, matvec_three, signature, constants, cut.warps, cut.stages, weights)
+    work = _work(cut, n_tokens, D_MODEL, *(constants[f"UNIT{i}"] for i in range(3)))
+    weights, xs = ("w0", "w1", "w2"), ("x0", "x1", "x2")
+    return Case("matvec_three", name, config, matvec_three, signature, constants, cut.warps, 1, weights, xs, **work)
 
 
 def gated_case(fmt: Format, n_tokens: int, pick: Picker) -> Case:
-    """gate|up of the feed-forward part, after RMSNorm."""
+    """gate|up of the feed-forward part."""
     cut = pick("matvec", fmt.name, n_tokens, D_FF, D_MODEL)
-    signature = FLOATS | {"gate": "*i32", "up": "*i32", "out": "*fp32", "n_rows": ROWS}
-    constants = _numbers(cut, n_tokens)
+    signature = {"x0": "*i32", "x1": "*i32", "gate": "*i32", "up": "*i32", "out": "*fp32"}
+    signature |= {"n_rows": ROWS, "n_tokens": "i32"}
+    constants = _few(cut, n_tokens, D_MODEL)
     for i in range(2):
-        constants |= {f"DECODE{i}": TILES[fmt].decode, f"SHAPE{i}": TILES[fmt].matrix(D_MODEL)}
-        constants[f"PIECES{i}"] = few_pieces_of(fmt, cut)
-    config, weights = _config(cut, tokens=n_tokens), ("gate", "up")
-    return Case("matvec_gated", fmt.name, config, matvec_gated, signature, constants, cut.warps, cut.stages, weights)
+        constants |= _share(fmt, cut, D_MODEL, number=str(i))
+    config, weights, xs = _config(cut, tokens=n_tokens), ("gate", "up"), ("x0", "x1")
+    work = _work(cut, n_tokens, D_MODEL, constants["UNIT0"], constants["UNIT1"])
+    return Case("matvec_gated", fmt.name, config, matvec_gated, signature, constants, cut.warps, 1, weights, xs, **work)
+
+
+def prepare_few_case(n_cols: int, norm: str) -> Case:
+    """Tokens of a mat-vec, rounded."""
+    padded = padded_cols(n_cols)
+    chunk = CHUNK if norm == "none" else 1 << (padded // COLS.value - 1).bit_length()
+    signature = {"x": "*fp32", "records": "*i32", "n_tokens": "i32"}
+    constants = {"floats": None, "N_COLS": n_cols, "PADDED": padded, "NORM": norm, "CHUNK": chunk}
+    if norm == "none":
+        constants |= {"gain": None, "eps": 0.0}
+    else:
+        signature |= {"gain": "*fp32", "eps": "fp32"}
+    if norm == "layer":
+        signature["shift"] = "*fp32"
+    else:
+        constants["shift"] = None
+    config = {"cols": n_cols, "norm": norm}
+    return Case("prepare_few", "F32", config, prepare_few, signature, constants, 4 if norm == "none" else 8, 1)
 
 
 def matmul_case(fmt: Format, n_tokens: int, pick: Picker, *, gated: bool = False) -> Case:

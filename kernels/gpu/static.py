@@ -38,6 +38,8 @@ class Case:
     tables. `signature`: type of each argument that is not a constant, by name, such as `*u8`, `*fp16` or `i32`;
     pointers are 16-byte aligned, and integers whose type ends in `:16` are multiples of 16. `constexprs`: the other
     arguments, functions among them. `weights`: names of the pointers whose loads matter; by default all.
+    `activations`: those of what meets the weights. `n_weights`: that a thread multiplies in all, with `dots`
+    instructions that multiply four bytes each; 0 where it does not do that.
     """
 
     kernel: str
@@ -49,13 +51,18 @@ class Case:
     num_warps: int
     num_stages: int
     weights: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    n_weights: float = 0
+    dots: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
     """What became of a case. `config` names its warps and stages, too. `registers`: of a thread; `stack` and `local`:
     bytes of a thread, 0 where nothing is spilled; `shared`: bytes of a block; `load_bits`: width of the widest load of
-    weights from global memory, 0 when there is none; `tensor_core`: whether matrix instructions are used."""
+    weights from global memory, 0 when there is none; `tensor_core`: whether matrix instructions are used;
+    `activation_bits`: width of the narrowest load of activations, `instructions`: that a thread executes for a weight,
+    both 0 where a case does not say."""
 
     kernel: str
     type: str
@@ -67,6 +74,8 @@ class Row:
     shared: int
     load_bits: int
     tensor_core: bool
+    activation_bits: int
+    instructions: float
 
 
 def compile_case(case: Case, arch: int) -> Row:
@@ -85,6 +94,8 @@ def compile_case(case: Case, arch: int) -> Row:
     )
     usage, code = read_cubin(compiled.asm["cubin"])
     weights = {names.index(name) for name in case.weights or names}
+    activations = {names.index(name) for name in case.activations}
+    loads = find_loads(compiled.asm["ptx"])
     return Row(
         kernel=case.kernel,
         type=case.type,
@@ -94,8 +105,10 @@ def compile_case(case: Case, arch: int) -> Row:
         stack=usage["STACK"],
         local=usage["LOCAL"],
         shared=compiled.metadata.shared,
-        load_bits=max((bits for n, bits in find_loads(compiled.asm["ptx"]) if n in weights), default=0),
+        load_bits=max((bits for n, bits in loads if n in weights), default=0),
         tensor_core=bool(TENSOR_CORE.search(code)),
+        activation_bits=min((bits for n, bits in loads if n in activations), default=0),
+        instructions=round(count_instructions(code, case.dots) / case.n_weights, 2) if case.dots else 0.0,
     )
 
 
@@ -166,3 +179,37 @@ def trace_arguments(register: str, sources: Mapping[str, set[str]]) -> set[int]:
                 seen.add(source)
                 left.append(source)
     return found
+
+
+# Instructions are counted in the machine code. How often a loop runs is told by the products that are made in all.
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", re.MULTILINE)
+LABEL = re.compile(r"^\s*(\.L_x_\d+):", re.MULTILINE)
+BRANCH = re.compile(r"\bBRA\b.*?(\.L_x_\d+)")
+DOT = re.compile(r"\bIDP\.4A\b")
+
+
+def count_instructions(code: str, dots: int) -> float:
+    """Instructions that a thread executes which makes `dots` products of four bytes: each once, and those of loops as
+    often as makes up the number. For kernels whose loops all run equally often, none within another."""
+    places = sorted(
+        [(m.start(), "", m[1]) for m in INSTRUCTION.finditer(code)]
+        + [(m.start(), m[1], "") for m in LABEL.finditer(code)]
+    )
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for _, label, text in places:
+        if label:
+            labels[label] = len(instructions)
+        elif not text.startswith("NOP"):
+            instructions.append(text)
+    inside: set[int] = set()
+    for end, text in enumerate(instructions):
+        branch = BRANCH.search(text)
+        if branch and labels[branch[1]] < end:  # the last of them branches to itself, after the end
+            inside.update(range(labels[branch[1]], end + 1))
+    n_inside = sum(bool(DOT.search(instructions[i])) for i in inside)
+    n_outside = sum(bool(DOT.search(text)) for text in instructions) - n_inside
+    rounds = (dots - n_outside) / n_inside if n_inside else 1.0
+    assert dots == n_outside + rounds * n_inside, f"{dots=} {n_outside=} {n_inside=}"
+    return len(instructions) - len(inside) + rounds * len(inside)
