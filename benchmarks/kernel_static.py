@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "auricle.kernels.gpu"
 RESULT = RESULTS / "kernels-static.json"
 KEYS = ("kernel", "type", "arch", "config", "registers", "stack", "local", "shared", "load_bits", "tensor_core")
+KEYS += ("moves",)
 MATVEC_WARPS = 12  # that a multiprocessor keeps resident at least: so many loads in flight hide what memory takes
 MATVEC_BITS = 64  # of a load of weights at least
 
@@ -99,8 +100,10 @@ def row_faults(row: dict[str, Any]) -> Iterator[str]:
             yield f"weights are loaded {row['load_bits']} bits at a time"
         if 0 < n_resident < MATVEC_WARPS:
             yield f"{n_resident} warps resident with {row['registers']} registers; {MATVEC_WARPS} hide the memory"
-    if row["kernel"].startswith("matmul") and not row["tensor_core"]:
+    if row["kernel"].startswith(("matmul", "conv")) and not row["tensor_core"]:
         yield "no tensor core instructions"
+    if row["moves"]:
+        yield f"a loop lays an accumulator out anew {row['moves']} times"
 
 
 def resident_warps(row: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from ...kernels.gpu.linear import Picker
 from ..rewrite import (
     absorb_closings,
     absorb_norms,
+    fuse_convolutions,
     fuse_gates,
     fuse_linears,
     fuse_norm_ropes,
@@ -20,7 +21,7 @@ from ..rewrite import (
     fuse_stores,
     widen_linears,
 )
-from . import cuda_rows, cuda_torch
+from . import cuda_conv, cuda_rows, cuda_torch
 from .backend import Backend
 from .cuda_device import Card
 from .cuda_linear import linear_kernels
@@ -28,6 +29,7 @@ from .cuda_memory import CardDevice
 from .cuda_steps import Stepper
 
 RULES = (
+    fuse_convolutions,
     fuse_gates,
     fuse_linears,
     fuse_norm_ropes,
@@ -42,7 +44,7 @@ RULES = (
 def make_backend(card: Card, pick: Picker | None = None) -> Backend:
     """`pick`: how products are cut; None as `kernels/gpu/tune.py` says for that card."""
     cut = pick or partial(tune.pick, device_name=card.name, capability=card.capability)
-    kernels = cuda_torch.KERNELS | cuda_rows.KERNELS | linear_kernels(cut)
+    kernels = cuda_torch.KERNELS | cuda_conv.KERNELS | cuda_rows.KERNELS | linear_kernels(cut)
     sizes = {"kv_type": "f16", "window_batch": 8, "prefill_chunk": 512}
     return Backend("cuda", kernels, RULES, **sizes, device=CardDevice(card), bind_steps=Stepper)
 
