@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "auricle.kernels.gpu"
 RESULT = RESULTS / "kernels-static.json"
 KEYS = ("kernel", "type", "arch", "config", "registers", "stack", "local", "shared", "load_bits", "tensor_core")
-KEYS += ("activation_bits", "instructions")
+KEYS += ("moves", "activation_bits", "instructions")
 MATVEC_WARPS = 12  # that a multiprocessor keeps resident at least: so many loads in flight hide what memory takes
 MATVEC_BITS = 64  # of a load of weights at least
 ACTIVATION_BITS = 128  # of a load of activations at least, in the mat-vec
@@ -103,8 +103,10 @@ def row_faults(row: dict[str, Any]) -> Iterator[str]:
         if 0 < n_resident < MATVEC_WARPS:
             yield f"{n_resident} warps resident with {row['registers']} registers; {MATVEC_WARPS} hide the memory"
         yield from work_faults(row)
-    if row["kernel"].startswith("matmul") and not row["tensor_core"]:
+    if row["kernel"].startswith(("matmul", "conv")) and not row["tensor_core"]:
         yield "no tensor core instructions"
+    if row["moves"]:
+        yield f"a loop lays an accumulator out anew {row['moves']} times"
 
 
 def work_faults(row: dict[str, Any]) -> Iterator[str]:

@@ -322,3 +322,20 @@ def wide_linear(
     if close in ("gelu", "argmax"):
         results = [getattr(g, close)(y) for y in results]
     return tuple(results if residual is None else (g.add(residual, y) for y in results))
+
+
+@_fused
+def conv_stack(
+    g: Graph,
+    x: Value,
+    weights: tuple[Value, ...],
+    biases: tuple[Value, ...],
+    *,
+    stride: int,
+    padding: int,
+    dims: tuple[int, ...],
+) -> Value:
+    """Convolutions with a GELU after each, one upon the other; then dimension `dims[i]` becomes dimension i."""
+    for weight, bias in zip(weights, biases, strict=True):
+        x = g.gelu(g.conv2d(x, weight, bias, stride=stride, padding=padding))
+    return g.permute(x, dims=dims)

@@ -174,6 +174,38 @@ def fuse_steps(graph: Graph, capture: Collection[str] = ()) -> Graph:
     return replay(graph, visit)
 
 
+def fuse_convolutions(graph: Graph, capture: Collection[str] = ()) -> Graph:
+    """permute(gelu(conv2d(... gelu(conv2d(x))))) of convolutions that move alike -> conv_stack(x)."""
+    made_by, private = _producers(graph), _private(graph, capture)
+    stacks: dict[Node, list[Node]] = {}  # the permute: its convolutions, the last first
+    absorbed: set[Node] = set()
+    for node in graph.nodes:
+        if node.op != "permute":
+            continue
+        convolutions, value = [], node.inputs[0]
+        while (gelu := made_by.get(value)) and gelu.op == "gelu" and private(value):
+            conv = made_by.get(gelu.inputs[0])
+            if not conv or conv.op != "conv2d" or not private(gelu.inputs[0]):
+                break
+            if convolutions and conv.attrs != convolutions[0].attrs:
+                break
+            convolutions.append(conv)
+            absorbed.update((gelu, conv))
+            value = conv.inputs[0]
+        if convolutions:
+            stacks[node] = convolutions
+
+    def visit(new: Graph, node: Node, current: Callable[[Operand], Operand]) -> tuple[Value, ...] | None:
+        if node not in stacks:
+            return None
+        convolutions = stacks[node][::-1]
+        weights, biases = (tuple(conv.inputs[i] for conv in convolutions) for i in (1, 2))
+        operands = (convolutions[0].inputs[0], weights, biases)
+        return (new.conv_stack(*map(current, operands), **convolutions[0].attrs, **node.attrs),)
+
+    return replay(graph, visit, [n for n in graph.nodes if n not in absorbed])
+
+
 def widen_linears(graph: Graph, capture: Collection[str] = ()) -> Graph:
     """linear, linears, gated_linear -> wide_linear, which the rules below widen further."""
 

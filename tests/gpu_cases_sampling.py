@@ -73,6 +73,12 @@ def test_argmax_takes_the_first_of_equals() -> None:
     token = full(1, 0, torch.int32)
     sampling.argmax_pairs(*pairs, token)
     assert int(token) == 20
+    n = 2 * sampling.PAIRS + 5  # more than one program takes at a time
+    pairs = torch.zeros(n), torch.arange(n, dtype=torch.int32)
+    for place in (n - 1, sampling.PAIRS + 7, 2 * sampling.PAIRS - 1):
+        pairs[0][place] = 3.0
+    sampling.argmax_pairs(*pairs, token)
+    assert int(token) == sampling.PAIRS + 7
 
 
 def test_argmax_of_nothing_finite_is_no_token() -> None:

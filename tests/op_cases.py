@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -152,6 +153,17 @@ def _conv(n: int, c_in: int, c_out: int, h: int, w: int) -> Case:
     return Case(f"conv2d-{n}x{c_in}x{h}x{w}-{c_out}", build)
 
 
+def _conv_stack(n: int, channels: tuple[int, ...], h: int, w: int) -> Case:
+    def build(g: Graph) -> Value:
+        pairs = list(pairwise(channels))
+        weights = tuple(g.weight(f"w{i}", (c_out, c_in, 3, 3)) for i, (c_in, c_out) in enumerate(pairs))
+        biases = tuple(g.weight(f"b{i}", (c_out,)) for i, (_, c_out) in enumerate(pairs))
+        x = g.input("x", (n, channels[0], h, w))
+        return g.conv_stack(x, weights, biases, stride=2, padding=1, dims=(0, 3, 1, 2))
+
+    return Case(f"conv_stack-{n}x{h}x{w}-{'-'.join(map(str, channels))}", build)
+
+
 def _rows() -> list[Case]:
     table, rows = (11, 32), (7, 5)
     index = [3, -1, 0, -1, 4, 1, -1]
@@ -233,6 +245,8 @@ CASES: list[Case] = [
     _conv(1, 1, 4, 8, 8),
     _conv(3, 5, 7, 16, 9),
     _conv(2, 4, 4, 7, 1),
+    _conv_stack(1, (3, 5), 6, 7),
+    _conv_stack(2, (1, 6, 70, 3), 16, 26),
     *_rows(),
     _norm_rope(1, 1, 8, 0),
     _norm_rope(5, 3, 128, 40_000),

@@ -29,6 +29,7 @@ from auricle.engine.models.moss_audio import read_moss_audio
 from auricle.engine.rewrite import (
     absorb_closings,
     absorb_norms,
+    fuse_convolutions,
     widen_linears,
 )
 from auricle.kernels.formats import F32
@@ -162,6 +163,49 @@ def test_rules_keep_the_numbers(n_rules: int, capture: list[str]) -> None:
     want, got = results
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
+
+
+def stem(depth: int = 3) -> Graph:
+    """Convolutions with GELUs, and the transposition after them, as encoders begin."""
+    g = Graph()
+    x = g.input("x", (2, 1, 12, 10))
+    for n, c_in in enumerate((1, 4, 5)[:depth]):
+        y = g.stage(f"conv{n}", g.conv2d(x, g.weight(f"w{n}", (4 + n, c_in, 3, 3)), g.weight(f"b{n}", (4 + n,)),
+                                         stride=2, padding=1))  # fmt: skip
+        x = g.gelu(y)
+    g.stage("out", g.permute(x, dims=(0, 3, 1, 2)))
+    return g
+
+
+@pytest.mark.parametrize(
+    ("capture", "ops"),
+    [
+        (["out"], ["conv_stack"]),
+        (["out", "conv0"], ["conv2d", "gelu", "conv_stack"]),
+        (["out", "conv2"], ["conv2d", "gelu", "conv2d", "gelu", "conv2d", "gelu", "permute"]),
+    ],
+)
+def test_convolutions_become_one_op_as_far_as_nobody_looks_between_them(capture: list[str], ops: list[str]) -> None:
+    graph = fuse_convolutions(cut(stem(), capture), capture)
+    assert [node.op for node in graph.nodes] == ops
+    exact, results = find_backend("reference"), []
+    for rules in ((), (fuse_convolutions,)):
+        rng = np.random.default_rng(5)
+        weights = {v.name: make_weight(v.name, v.shape, F32, rng) for v in stem().leaves_of("weight")}
+        program = compile_graph(stem(), replace(exact, rules=rules), weights.get, capture=capture, poison=True)
+        values = program.run({"x": np.random.default_rng(0).standard_normal((2, 1, 12, 10), dtype=np.float32)})
+        results.append({name: value.numpy().copy() for name, value in values.items()})
+    for name in capture:
+        np.testing.assert_array_equal(results[0][name], results[1][name])
+
+
+def test_no_library_takes_memory_beside_the_plan(card: Backend) -> None:
+    """A long clip's stem lies in the arena, and in half of what float32 between its ops would take."""
+    file = synthetic("moss-audio-4b", "q4_k_all")
+    request = Request((60_000,), n_prompt=8000, n_distinct=150, n_new=256)
+    memory = plan_request(file, read_moss_audio(file), card, KV_FORMATS["f16"], request)
+    assert memory.libraries == 0
+    assert memory.arena < 300 << 20
 
 
 # The plan, from sizes alone: nothing is launched, so the stand-in serves here, too.

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="GPU kernels are written in Triton, which i
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("cases", ["gpu_cases_rows", "gpu_cases_sampling"])
+@pytest.mark.parametrize("cases", ["gpu_cases_rows", "gpu_cases_sampling", "gpu_cases_conv"])
 def test_interpreted(cases: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", f"{HERE / cases}.py"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from auricle.kernels.gpu.static import ARCHS, Row, find_loads
+from auricle.kernels.gpu.static import ARCHS, Row, count_moves, find_loads
 from auricle.kernels.gpu.tiles import TILES
 from support import ROOT
 
@@ -97,7 +97,7 @@ def test_no_gpu_is_said_in_one_line() -> None:
 # What is found wrong.
 
 GOOD = {"kernel": "matvec", "type": "Q4_K", "arch": 89, "config": {"warps": 4, "stages": 2}, "registers": 96}
-GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core": False}
+GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core": False, "moves": 0}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,7 @@ GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core"
         ({"load_bits": 32}, "32 bits at a time"),
         ({"registers": 255}, "8 warps resident"),
         ({"kernel": "matmul"}, "no tensor core"),
+        ({"kernel": "matmul", "tensor_core": True, "moves": 2}, "an accumulator out anew 2 times"),
         ({"kernel": "matmul", "tensor_core": True, "registers": 255}, None),
     ],
 )
@@ -138,3 +139,22 @@ PTX = """
 
 def test_loads_are_told_apart_by_argument() -> None:
     assert sorted(find_loads(PTX)) == [(0, 16), (0, 128), (2, 64), (2, 128), (2, 128)]
+
+
+TTGIR = """
+    %sums = scf.for %i = %a to %b step %c iter_args(%arg8 = %cst) -> (tensor<64x128xf32, #mma>)  : i32 {
+      %0 = ttg.convert_layout %mask : tensor<64xi1, #ttg.slice<{dim = 1, parent = #mma}>> -> tensor<64xi1, #blocked>
+      %1 = ttg.local_alloc %w : (tensor<64x32xf16, #blocked6>) -> !ttg.memdesc<64x32xf16, #shared2, #smem>
+      %2 = ttg.convert_layout %arg8 : tensor<64x128xf32, #mma> -> tensor<64x128xf32, #mma1>
+      %3 = ttng.warp_group_dot %1, %x, %2 : tensor<64x32xf16> * !ttg.memdesc<32x128xf16> -> tensor<64x128xf32, #mma1>
+      %4 = ttg.convert_layout %3 : tensor<64x128xf32, #mma1> -> tensor<64x128xf32, #mma>
+      %5 = ttg.convert_layout %4 : tensor<64x128xf32, #mma> -> tensor<64x128xf32, #ttg.dot_op<{opIdx = 0}>>
+      scf.yield %4 : tensor<64x128xf32, #mma>
+    } loc(#loc280)
+    %6 = ttg.convert_layout %sums : tensor<64x128xf32, #mma> -> tensor<64x128xf32, #blocked2> loc(#loc144)
+"""
+
+
+def test_moves_of_accumulators_are_counted_inside_loops() -> None:
+    assert count_moves(TTGIR) == 2
+    assert count_moves(TTGIR.replace("#mma", "#blocked")) == 0  # sums of threads, not of tensor cores

@@ -15,6 +15,7 @@ from ...kernels.gpu.units import UNITS
 from ..rewrite import (
     absorb_closings,
     absorb_norms,
+    fuse_convolutions,
     fuse_gates,
     fuse_linears,
     fuse_norm_ropes,
@@ -22,7 +23,7 @@ from ..rewrite import (
     fuse_stores,
     widen_linears,
 )
-from . import CARD_PRECISIONS, cuda_rows, cuda_torch
+from . import CARD_PRECISIONS, cuda_conv, cuda_rows, cuda_torch
 from .backend import Backend
 from .cuda_device import Card
 from .cuda_linear import linear_kernels
@@ -30,6 +31,7 @@ from .cuda_memory import CardDevice
 from .cuda_steps import Stepper
 
 RULES = (
+    fuse_convolutions,
     fuse_gates,
     fuse_linears,
     fuse_norm_ropes,
@@ -72,7 +74,7 @@ def make_backend(card: Card, precision: str = "auto", pick: Picker | None = None
     assert precision in CARD_PRECISIONS, f"{precision=}"
     exact = precision == "exact"
     cut = pick or partial(tune.pick, device_name=card.name, capability=card.capability)
-    kernels = cuda_torch.KERNELS | cuda_rows.KERNELS | linear_kernels(exact, cut)
+    kernels = cuda_torch.KERNELS | cuda_conv.KERNELS | cuda_rows.KERNELS | linear_kernels(exact, cut)
     sizes = batch_sizes(card.total_bytes(), card.free_bytes(), card.processors)
     sizes |= {"kv_type": "f16", "prefill_step": 64}
     rounds = frozenset() if exact else frozenset(fmt.name for fmt, kind in UNITS.items() if kind.unit.coded)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..graph import Node
 from .backend import Bound, Kernel
@@ -41,16 +40,6 @@ def bind_permute(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Cal
     return lambda: outputs[0].copy_(inputs[0].permute(node.attrs["dims"]))
 
 
-def bind_conv2d(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
-    x, weight, bias = inputs
-
-    def call() -> None:
-        with torch.backends.cudnn.flags(allow_tf32=False):  # products in float32, not in 10 bits
-            outputs[0].copy_(F.conv2d(x, weight, bias, **node.attrs))
-
-    return call
-
-
 def bind_argmax(node: Node, inputs: Bound, outputs: Bound, scratch: Any) -> Call:
     return lambda: outputs[0].copy_(argmax(inputs[0]))
 
@@ -69,11 +58,6 @@ def bind_sum_squares(node: Node, inputs: Bound, outputs: Bound, scratch: Any) ->
     return call
 
 
-def conv_bytes(node: Node) -> int:
-    """The library's result, and its reordered copies of the input and the weight."""
-    return sum(v.nbytes for v in (*node.outputs, *node.operands))
-
-
 def argmax_bytes(node: Node) -> int:
     return 3 * node.inputs[0].nbytes  # what is compared, and places of 8 bytes
 
@@ -89,6 +73,5 @@ KERNELS = {
     "silu": Kernel(bind_silu),
     "permute": Kernel(bind_permute),
     "argmax": Kernel(bind_argmax, transient=argmax_bytes),
-    "conv2d": Kernel(bind_conv2d, transient=conv_bytes),
     "sum_squares": Kernel(bind_sum_squares, transient=squares_bytes),
 }

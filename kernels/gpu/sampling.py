@@ -29,7 +29,8 @@ LIMITS = 32  # compared with at once
 SHIFTS = (27, 22, 17, 12, 7, 2, 0)  # of the limits, in each round: the last has two bits left
 UNIT = tl.constexpr(float(1 << 44))  # the weight of the likeliest token: 2^18 of them stay below 2^63
 WARPS, TALLY_WARPS = 4, 16
-PAIRS = 1024  # at a time, in the second stage of the argmax
+PAIR_WARPS = 16
+PAIRS = 8192  # at a time, in the second stage of the argmax: 16 of a thread, on their way together
 
 # Places of `state`: the lowest key that top-k keeps, the lowest that top-p keeps, the mass that top-p keeps.
 FLOOR, LEAST, TARGET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -59,15 +60,15 @@ def _argmax_pairs(maxima, indices, token, n_pairs, PAIRS: tl.constexpr):
     """One program: the index of the largest of the maxima, the lowest of equals; -1 if that is not finite."""
     i = tl.arange(0, PAIRS)
     largest = tl.full((PAIRS,), -float("inf"), tl.float32)
-    for start in range(0, n_pairs, PAIRS):
-        largest = tl.maximum(largest, tl.load(maxima + start + i, mask=start + i < n_pairs, other=-float("inf")))
-    most = tl.max(largest, 0)
     lowest = tl.full((PAIRS,), 2147483647, tl.int32)
     for start in range(0, n_pairs, PAIRS):
         inside = start + i < n_pairs
-        equal = tl.load(maxima + start + i, mask=inside, other=0.0) == most
-        lowest = tl.minimum(lowest, tl.load(indices + start + i, mask=inside & equal, other=2147483647))
-    found = tl.min(lowest, 0)
+        value = tl.load(maxima + start + i, mask=inside, other=-float("inf"))
+        index = tl.load(indices + start + i, mask=inside, other=2147483647)
+        better = (value > largest) | ((value == largest) & (index < lowest))
+        largest, lowest = tl.where(better, value, largest), tl.where(better, index, lowest)
+    most = tl.max(largest, 0)
+    found = tl.min(tl.where(largest == most, lowest, 2147483647), 0)
     tl.store(token, tl.where((most == most) & (tl.abs(most) < float("inf")), found, -1))
 
 
@@ -79,7 +80,7 @@ def argmax_blocks(logits: torch.Tensor, maxima: torch.Tensor, indices: torch.Ten
 
 def argmax_pairs(maxima: torch.Tensor, indices: torch.Tensor, token: torch.Tensor) -> None:
     """Second stage: pairs from any number of programs to token int32 [1], which becomes -1 if no logit is finite."""
-    launch(_argmax_pairs, (1,), maxima, indices, token, maxima.numel(), PAIRS, num_warps=WARPS)
+    launch(_argmax_pairs, (1,), maxima, indices, token, maxima.numel(), PAIRS, num_warps=PAIR_WARPS)
 
 
 def block_count(n: int) -> int:
@@ -343,7 +344,7 @@ def static_cases() -> Iterator[Case]:
         return Case(name, "F32", {}, fn, signature, constants, warps, 1)
 
     yield case(_argmax_blocks, row | pairs, block)
-    yield case(_argmax_pairs, pairs | token | {"n_pairs": "i32"}, {"PAIRS": PAIRS})
+    yield case(_argmax_pairs, pairs | token | {"n_pairs": "i32"}, {"PAIRS": PAIRS}, PAIR_WARPS)
     yield case(_weigh, row | token | settings | search, block)
     for mass in (False, True):
         flags = {"MASS": mass}

@@ -60,9 +60,10 @@ class Case:
 class Row:
     """What became of a case. `config` names its warps and stages, too. `registers`: of a thread; `stack` and `local`:
     bytes of a thread, 0 where nothing is spilled; `shared`: bytes of a block; `load_bits`: width of the widest load of
-    weights from global memory, 0 when there is none; `tensor_core`: whether matrix instructions are used;
-    `activation_bits`: width of the narrowest load of activations, `instructions`: that a thread executes for a weight,
-    both 0 where a case does not say."""
+    weights from global memory, 0 when there is none; `tensor_core`: whether matrix instructions are used; `moves`: how
+    often a loop lays an accumulator out anew, which takes it through shared memory; `activation_bits`: width of the
+    narrowest load of activations, `instructions`: that a thread executes for a weight, both 0 where a case does not
+    say."""
 
     kernel: str
     type: str
@@ -74,6 +75,7 @@ class Row:
     shared: int
     load_bits: int
     tensor_core: bool
+    moves: int
     activation_bits: int
     instructions: float
 
@@ -107,6 +109,7 @@ def compile_case(case: Case, arch: int) -> Row:
         shared=compiled.metadata.shared,
         load_bits=max((bits for n, bits in loads if n in weights), default=0),
         tensor_core=bool(TENSOR_CORE.search(code)),
+        moves=count_moves(compiled.asm["ttgir"]),
         activation_bits=min((bits for n, bits in loads if n in activations), default=0),
         instructions=round(count_instructions(code, case.dots) / case.n_weights, 2) if case.dots else 0.0,
     )
@@ -179,6 +182,38 @@ def trace_arguments(register: str, sources: Mapping[str, set[str]]) -> set[int]:
                 seen.add(source)
                 left.append(source)
     return found
+
+
+# Layouts are read from Triton's own form: in machine code a move looks like any other store and load.
+
+LOOP = re.compile(r"^(\s*)(?:%[^=]*= )?scf\.(?:for|while)\b")
+LOOP_END = re.compile(r"^(\s*)\}")
+PRODUCT = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.*->\s*tensor<([\dx]+xf32), #mma\w*>")
+MOVE = re.compile(r"\bttg\.(?:convert_layout|local_alloc|local_store)\b.*?\btensor<([\dx]+xf32), (#\w+)>(.*)")
+
+
+def count_moves(ttgir: str) -> int:
+    """Changes of layout, in loops, of tensors that have the shape of a product of that loop, or of one inside it, where
+    tensor cores make it. What becomes an operand is not counted: it is no accumulator.
+    """
+    moves, loops = 0, []  # of each open loop: its indentation, shapes of products, and shapes that are moved
+    for line in ttgir.splitlines():
+        if start := LOOP.match(line):
+            loops.append((start[1], set(), []))
+            continue
+        if not loops:
+            continue
+        indent, products, moved = loops[-1]
+        if (end := LOOP_END.match(line)) and end[1] == indent:
+            loops.pop()
+            moves += sum(shape in products for shape in moved)
+            if loops:
+                loops[-1][1].update(products)
+        elif product := PRODUCT.search(line):
+            products.add(product[1])
+        elif (move := MOVE.search(line)) and "dot_op" not in move[3]:
+            moved.append(move[1])
+    return moves
 
 
 # Instructions are counted in the machine code. How often a loop runs is told by the products that are made in all.

@@ -237,9 +237,20 @@ def shared_bytes(format_name: str, rows: int, cols: int, tokens: int, stages: in
 
 
 def choose_gated(format_name: str, n_tokens: int, n_rows: int, n_cols: int, capability: tuple[int, int]) -> Config:
-    """As a mat-mat, but two matrices at once have two tiles of sums: half the rows where those are large."""
+    """As a mat-mat, but two matrices one after the other have two tiles of sums at the end.
+
+    A warp group of tensor cores has 64 rows, and each of its threads room for both sums of 128 tokens. Others get half
+    the rows, and half the warps with them: more warps would share a row, and hand its sums around.
+    """
     cut = choose_matmul(format_name, n_tokens, n_rows, n_cols, capability)
-    return replace(cut, rows=cut.rows // 2) if cut.rows * cut.tokens >= 128 * 128 else cut
+    if cut.rows * cut.tokens < 128 * 128 or has_warp_groups(capability):
+        return cut
+    return replace(cut, rows=cut.rows // 2, warps=cut.warps // 2)
+
+
+def has_warp_groups(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores take a product from four warps together, whose sums are spread over fewer registers."""
+    return capability[0] == 9
 
 
 RULES = {"matvec": choose_matvec, "matmul": choose_matmul, "matmul_gated": choose_gated}
