@@ -34,7 +34,7 @@ from auricle.kernels.formats import F16, F32, Q8_0, Format
 from auricle.kernels.gpu import cache, kv_attention, rope
 from auricle.tools.stages import drop_padding, mean_divergence, read_stages, row_cosines, trace_stages
 
-PYTEST_SUITES = ("gpu_cases_rows.py", "gpu_cases_sampling.py", "test_cuda_backend.py")
+PYTEST_SUITES = ("gpu_cases_rows.py", "gpu_cases_sampling.py", "gpu_cases_conv.py", "test_cuda_backend.py")
 GOLDEN_TYPES = ("q8_0", "q4_k", "f16", "f32")
 GOLDEN_CLIP, GOLDEN_PROMPT = "jfk_3s", "Transcribe the audio."
 DEMO = ROOT / "tools/demo/digits.gguf"
