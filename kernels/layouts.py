@@ -51,17 +51,26 @@ def packed_bytes(fmt: Format, n_rows: int, n_cols: int) -> int:
 
 def pack(rows: np.ndarray, fmt: Format) -> np.ndarray:
     """Rows of a file, uint8 [n_rows, row_bytes], as they lie in GPU memory: uint8 [n_rows, stride], gaps zero."""
-    assert rows.dtype == np.uint8, f"{rows.dtype=}"
+    n_cols = rows.shape[1] // fmt.block_bytes * fmt.length
+    packed = np.empty((len(rows), find_layout(fmt, n_cols).stride), dtype=np.uint8)
+    pack_into(packed, rows, fmt)
+    return packed
+
+
+def pack_into(packed: np.ndarray, rows: np.ndarray, fmt: Format) -> None:
+    """As `pack`, into memory that is there."""
+    assert rows.dtype == packed.dtype == np.uint8, f"{rows.dtype=} {packed.dtype=}"
     n_rows, row_bytes = rows.shape
     layout = find_layout(fmt, row_bytes // fmt.block_bytes * fmt.length)
-    packed = np.zeros((n_rows, layout.stride), dtype=np.uint8)
+    assert packed.shape == (n_rows, layout.stride), f"{packed.shape=} {layout.stride=}"
+    if layout.stride != row_bytes:
+        packed[:] = 0
     if not layout.planes:
         packed[:, :row_bytes] = rows
-        return packed
+        return
     blocks = rows.reshape(n_rows, -1, fmt.block_bytes)
     for plane, field in _fields(layout):
         packed[:, plane] = blocks[:, :, field].reshape(n_rows, -1)
-    return packed
 
 
 def unpack(packed: np.ndarray, fmt: Format, n_cols: int) -> np.ndarray:
