@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from card_report import count_cases, goals, make_page, plot_roofline, summary_line
+from card_report import count_cases, goals, make_page, plot_roofline, summary_line, why
 from card_worker import Worker, run_workers, wait_for
 from checkout import ROOT
 
@@ -52,6 +52,7 @@ FULL_MINUTES = 8.0
 CACHES = Path(tempfile.gettempdir()) / "auricle-card-cache"  # of compiled kernels, which know the place they lie in
 KEPT_SUFFIXES = (".cubin", ".json", ".so", ".py")  # of them, in the archive that another run may begin with
 REQUEST_SHARES = (0.5, 0.85)  # of that time, when the requests of each recipe must have ended
+MOST_TOLD = 12  # failures after a stage; the page has more
 LEAST_S = 12  # a stage that would have less is not begun
 REPORT_S = 6  # kept for the plot and the archive
 SPARE_CORES = 3  # while cases run, for what is prepared beside them
@@ -118,6 +119,8 @@ class Run:
         print(
             f"[{time.monotonic() - self.start:5.0f} s] {summary_line(name, self.document['stages'][name])}", flush=True
         )
+        for row in [row for row in self.document["stages"][name]["steps"] if not row.get("ok")][:MOST_TOLD]:
+            print(f"    {row['step']}: {why(row)}", flush=True)
         self.write()
 
     def write(self) -> None:

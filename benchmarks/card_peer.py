@@ -39,11 +39,11 @@ class Peer:
 
     def eager(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield "clip", self.clip
+        yield "peak", lambda: {"peak_bytes": self.gpu.peak_bytes()}
         for context in self.sizes.contexts:
             yield f"static at {context}", lambda c=context: self.decode(c, self.make_step)
             yield f"growing at {context}", lambda c=context: {"step_s": self._growing(c)}
             yield f"graph at {context}", lambda c=context: self.decode(c, self.make_graph)
-        yield "peak", lambda: {"peak_bytes": self.gpu.peak_bytes()}
 
     def compiled(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         for context in self.sizes.contexts:

@@ -171,6 +171,13 @@ def summary_line(name: str, stage: Mapping[str, Any]) -> str:
     return f"{name}: {len(steps)} steps, {red} not well, {stage.get('seconds', 0):.0f} s{note}"
 
 
+def why(row: Mapping[str, Any]) -> str:
+    """In one line what is wrong with a step."""
+    if lines := row.get("failure", "").strip().splitlines():
+        return lines[-1][:160]
+    return f"error {row['error']:.2e}, at most {row['limit']:.1e}" if "limit" in row else "wrong"
+
+
 MOST_FAILURES = 40
 
 
@@ -179,10 +186,7 @@ def _failures(document: Document) -> Iterator[str]:
     if rows:
         yield from ("", "## Not well", "")
     for name, row in rows[:MOST_FAILURES]:
-        why = row.get("failure", "").strip().splitlines()[-1:] or [
-            f"error {row['error']:.2e}, at most {row['limit']:.1e}" if "limit" in row else "wrong"
-        ]
-        yield f"- {name}: {row['step']}: {why[0][:160]}"
+        yield f"- {name}: {row['step']}: {why(row)}"
     if len(rows) > MOST_FAILURES:
         yield f"- and {len(rows) - MOST_FAILURES} more"
 
