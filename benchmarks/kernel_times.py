@@ -115,9 +115,8 @@ class Job:
         self.stock, self.n_tokens = stock, n_tokens
         self.x = random(n_tokens, product.n_cols)
         gain, shift = random(product.n_cols), random(product.n_cols)
-        self.norm = Norm(product.norm, gain, shift if product.norm == "layer" else None, EPS)
-        if product.norm == "none":
-            self.norm = None
+        bias = shift if product.norm == "layer" else None
+        self.norm = None if product.norm == "none" else Norm(product.norm, gain, bias, EPS)
         self.residual = random(n_tokens, product.rows[0]) if product.residual else None
         sizes = product.rows[:1] if product.gated else product.rows
         self.outs = [torch.full((n_tokens, n), float("nan"), device=device) for n in sizes]

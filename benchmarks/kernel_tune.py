@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from gpu import require_gpu, time_launches
@@ -37,13 +37,11 @@ WORTH = 0.98  # of the best time so far: what is not faster than that is chance
 
 
 def neighbours(config: Config, kernel: str) -> Iterator[Config]:
-    """Configurations with one size halved or doubled; stages one more or less, or any number in a mat-vec, where only
-    those count that divide the steps of a row."""
+    """Configurations with one size halved or doubled; stages of a mat-mat one more or less."""
     for name in CHANGED[kernel]:
         value, (least, most) = getattr(config, name), LIMITS[name]
-        changed: Iterable[int] = (value // 2, value * 2)
-        if name == "stages":
-            changed = set(range(least, most + 1)) - {value} if kernel == "matvec" else (value - 1, value + 1)
+        step = name == "stages" and kernel != "matvec"
+        changed = (value - 1, value + 1) if step else (value // 2, value * 2)
         yield from (replace(config, **{name: n}) for n in changed if least <= n <= most)
 
 

@@ -57,7 +57,7 @@ def _share(fmt: Format, cut: Config, n_cols: int, *, exact: bool = False, number
     kind = UNITS[fmt]
     unit = kind.matrix(n_cols, exact)
     pitch = record_words(n_cols) if unit.rounded else padded_cols(n_cols)
-    shared = {"DECODE": kind.decode, "UNIT": unit, "PITCH": pitch}
+    shared = {"LOAD": kind.load, "DECODE": kind.decode, "UNIT": unit, "PITCH": pitch}
     shared |= {"LANES": lanes_of(cut, unit.weights), "AHEAD": ahead_of(cut, unit.weights, n_cols)}
     return {name + number: value for name, value in shared.items()}
 

@@ -35,33 +35,29 @@ def zeros(TOKENS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def add_rounded(total, codes, scales, minima, factor, record, UNIT: tl.constexpr):
-    """total + the products of units [ROWS, LANES] and a token's records [1, LANES]."""
-    WEIGHTS: tl.constexpr = UNIT.weights
+    """total + the products of 64 weights of units [ROWS, LANES] and a token's records [1, LANES]."""
     SIGNED: tl.constexpr = UNIT.signed
     HALVES: tl.constexpr = UNIT.halves
+    x_scales = load_four(record, 16)
+    offsets = load_four(record, 20) if HALVES else (0, 0, 0, 0)
     part = total
     if HALVES:
         part = tl.zeros(total.shape, tl.float32)
-    for r in tl.static_range(WEIGHTS // COLS):
-        x_scales = load_four(record, r * RECORD + 16)
-        offsets = load_four(record, r * RECORD + 20) if HALVES else (0, 0, 0, 0)
-        for g in tl.static_range(2):
-            x = load_four(record, r * RECORD + 8 * g) + load_four(record, r * RECORD + 8 * g + 4)
-            dots = ()
-            for h in tl.static_range(2):
-                dot = offsets[2 * g + h] if HALVES else (dots[0] if h > 0 else 0)
-                if HALVES:
-                    dot = dot.to(tl.int32, bitcast=True)
-                for i in tl.static_range(4):
-                    dot = add_dot(dot, codes[r * 16 + g * 8 + h * 4 + i], x[4 * h + i], SIGNED)
-                dots += (dot,)
-            if HALVES:
-                dot = dots[0] * scales[r * 4 + g * 2] + dots[1] * scales[r * 4 + g * 2 + 1]
-                part = tl.fma(dot.to(tl.float32), as_float(x_scales[g]), part)
-            else:
-                part = tl.fma(dots[1].to(tl.float32) * as_float(x_scales[g]), scales[r * 2 + g], part)
-                if len(minima) > 0:
-                    part = tl.fma(as_float(x_scales[2 + g]), -minima[r * 2 + g], part)
+    for g in tl.static_range(2):
+        x = load_four(record, 8 * g) + load_four(record, 8 * g + 4)
+        dots = ()
+        for h in tl.static_range(2):
+            dot = offsets[2 * g + h].to(tl.int32, bitcast=True) if HALVES else dots[0] if h > 0 else 0
+            for i in tl.static_range(4):
+                dot = add_dot(dot, codes[g * 8 + h * 4 + i], x[4 * h + i], SIGNED)
+            dots += (dot,)
+        if HALVES:
+            dot = dots[0] * scales[2 * g] + dots[1] * scales[2 * g + 1]
+            part = tl.fma(dot.to(tl.float32), as_float(x_scales[g]), part)
+        else:
+            part = tl.fma(dots[1].to(tl.float32) * as_float(x_scales[g]), scales[g], part)
+            if len(minima) > 0:
+                part = tl.fma(as_float(x_scales[2 + g]), -minima[g], part)
     return tl.fma(part, factor, total) if HALVES else part
 
 
@@ -85,10 +81,10 @@ def float_codes(words, N: tl.constexpr, UNIT: tl.constexpr):
 @triton.jit
 def add_floats(total, codes, scales, minima, factor, x, UNIT: tl.constexpr):
     """As `add_rounded`, with a token's columns as they are."""
-    WEIGHTS: tl.constexpr = UNIT.weights
     HALVES: tl.constexpr = UNIT.halves
-    RUN: tl.constexpr = WEIGHTS // len(scales) if len(scales) > 0 else WEIGHTS
-    for r in tl.static_range(WEIGHTS // RUN):
+    WEIGHTS: tl.constexpr = UNIT.weights
+    RUN: tl.constexpr = 64 // len(scales) if len(scales) > 0 else WEIGHTS
+    for r in tl.static_range(max(1, len(scales))):
         dot, plain = 0.0, 0.0
         for i in tl.static_range(RUN // 4):
             values = load_four(x, r * RUN + 4 * i)
@@ -114,6 +110,7 @@ def products(
     w,
     first_row,
     n_rows,
+    LOAD: tl.constexpr,
     DECODE: tl.constexpr,
     UNIT: tl.constexpr,
     N_COLS: tl.constexpr,
@@ -131,7 +128,8 @@ def products(
     STRIDE: tl.constexpr = UNIT.stride
     PLANES: tl.constexpr = UNIT.planes
     ROUNDED: tl.constexpr = UNIT.rounded
-    WORDS: tl.constexpr = WEIGHTS // COLS * RECORD if ROUNDED else WEIGHTS  # of a unit's columns of a token
+    RECORDS: tl.constexpr = max(1, WEIGHTS // COLS)
+    WORDS: tl.constexpr = RECORD if ROUNDED else min(WEIGHTS, COLS)  # of a token, for each of them
     N_UNITS: tl.constexpr = (N_COLS + WEIGHTS - 1) // WEIGHTS
     STEPS: tl.constexpr = (N_UNITS + LANES - 1) // LANES
     EVEN: tl.constexpr = N_UNITS % LANES == 0
@@ -139,20 +137,26 @@ def products(
     lane = tl.arange(0, LANES)[None, :]
     sums = zeros(TOKENS, ROWS, LANES)
     for first in range(0, STEPS, AHEAD):
+        loaded = ()
         for step in tl.static_range(AHEAD):
             unit = lane + (first + step) * LANES
-            codes, scales, minima, factor = DECODE(
-                rows, unit if EVEN else tl.minimum(unit, N_UNITS - 1), PLANES, N_COLS
-            )
-            at = x + (unit if EVEN else tl.minimum(unit, N_UNITS)) * WORDS
-            new_sums = ()
-            for t in tl.static_range(TOKENS):
-                if ROUNDED:
-                    total = add_rounded(sums[t], codes, scales, minima, factor, at + t * PITCH, UNIT)
-                else:
-                    total = add_floats(sums[t], codes, scales, minima, factor, at + t * PITCH, UNIT)
-                new_sums += (total,)
-            sums = new_sums
+            loaded += (LOAD(rows, unit if EVEN else tl.minimum(unit, N_UNITS - 1), PLANES, N_COLS),)
+        if AHEAD > 1 or TOKENS == 1:
+            tl.debug_barrier()  # else the compiler of machine code brings loads back to where they are needed
+        for step in tl.static_range(AHEAD):
+            unit = lane + (first + step) * LANES
+            at = x + (unit if EVEN else tl.minimum(unit, N_UNITS)) * (RECORDS * WORDS)
+            for r in tl.static_range(RECORDS):
+                codes, scales, minima, factor = DECODE(loaded[step], unit, r)
+                new_sums = ()
+                for t in tl.static_range(TOKENS):
+                    place = at + (t * PITCH + r * WORDS)
+                    if ROUNDED:
+                        total = add_rounded(sums[t], codes, scales, minima, factor, place, UNIT)
+                    else:
+                        total = add_floats(sums[t], codes, scales, minima, factor, place, UNIT)
+                    new_sums += (total,)
+                sums = new_sums
     results = ()
     for t in tl.static_range(TOKENS):
         results += (tl.sum(sums[t], 1),)
@@ -209,6 +213,7 @@ def matvec(
     best_index,
     n_rows,
     n_tokens,
+    LOAD: tl.constexpr,
     DECODE: tl.constexpr,
     UNIT: tl.constexpr,
     N_COLS: tl.constexpr,
@@ -227,7 +232,7 @@ def matvec(
     program, token = tl.program_id(0) // PASSES, tl.program_id(0) % PASSES * TOKENS
     first = program * ROWS
     x += token * PITCH
-    sums = products(x, w, first, n_rows, DECODE, UNIT, N_COLS, PITCH, TOKENS, ROWS, LANES, AHEAD)
+    sums = products(x, w, first, n_rows, LOAD, DECODE, UNIT, N_COLS, PITCH, TOKENS, ROWS, LANES, AHEAD)
     finish(
         sums, bias, residual, out, best_value, best_index, program, token, n_tokens, first, n_rows, GELU, TOKENS, ROWS
     )
@@ -251,8 +256,11 @@ def matvec_three(
     n1,
     n2,
     n_tokens,
+    LOAD0: tl.constexpr,
     DECODE0: tl.constexpr,
+    LOAD1: tl.constexpr,
     DECODE1: tl.constexpr,
+    LOAD2: tl.constexpr,
     DECODE2: tl.constexpr,
     UNIT0: tl.constexpr,
     UNIT1: tl.constexpr,
@@ -277,17 +285,17 @@ def matvec_three(
     if program < programs0:
         first = program * ROWS
         x = x0 + token * PITCH0
-        sums = products(x, w0, first, n0, DECODE0, UNIT0, N_COLS, PITCH0, TOKENS, ROWS, LANES0, AHEAD0)
+        sums = products(x, w0, first, n0, LOAD0, DECODE0, UNIT0, N_COLS, PITCH0, TOKENS, ROWS, LANES0, AHEAD0)
         finish(sums, bias0, None, out0, None, None, program, token, n_tokens, first, n0, False, TOKENS, ROWS)
     elif program < programs0 + programs1:
         first = (program - programs0) * ROWS
         x = x1 + token * PITCH1
-        sums = products(x, w1, first, n1, DECODE1, UNIT1, N_COLS, PITCH1, TOKENS, ROWS, LANES1, AHEAD1)
+        sums = products(x, w1, first, n1, LOAD1, DECODE1, UNIT1, N_COLS, PITCH1, TOKENS, ROWS, LANES1, AHEAD1)
         finish(sums, bias1, None, out1, None, None, program, token, n_tokens, first, n1, False, TOKENS, ROWS)
     elif w2 is not None:
         first = (program - programs0 - programs1) * ROWS
         x = x2 + token * PITCH2
-        sums = products(x, w2, first, n2, DECODE2, UNIT2, N_COLS, PITCH2, TOKENS, ROWS, LANES2, AHEAD2)
+        sums = products(x, w2, first, n2, LOAD2, DECODE2, UNIT2, N_COLS, PITCH2, TOKENS, ROWS, LANES2, AHEAD2)
         finish(sums, bias2, None, out2, None, None, program, token, n_tokens, first, n2, False, TOKENS, ROWS)
 
 
@@ -300,7 +308,9 @@ def matvec_gated(
     out,
     n_rows,
     n_tokens,
+    LOAD0: tl.constexpr,
     DECODE0: tl.constexpr,
+    LOAD1: tl.constexpr,
     DECODE1: tl.constexpr,
     UNIT0: tl.constexpr,
     UNIT1: tl.constexpr,
@@ -320,8 +330,8 @@ def matvec_gated(
     first = program * ROWS
     x0 += token * PITCH0
     x1 += token * PITCH1
-    gates = products(x0, gate, first, n_rows, DECODE0, UNIT0, N_COLS, PITCH0, TOKENS, ROWS, LANES0, AHEAD0)
-    ups = products(x1, up, first, n_rows, DECODE1, UNIT1, N_COLS, PITCH1, TOKENS, ROWS, LANES1, AHEAD1)
+    gates = products(x0, gate, first, n_rows, LOAD0, DECODE0, UNIT0, N_COLS, PITCH0, TOKENS, ROWS, LANES0, AHEAD0)
+    ups = products(x1, up, first, n_rows, LOAD1, DECODE1, UNIT1, N_COLS, PITCH1, TOKENS, ROWS, LANES1, AHEAD1)
     row = first + tl.arange(0, ROWS)
     for t in tl.static_range(TOKENS):
         y = gates[t] / (1.0 + tl.exp(-gates[t])) * ups[t]

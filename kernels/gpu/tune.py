@@ -29,6 +29,7 @@ WASTE = 1.1  # steps of so many lanes, for what a row would take if its end were
 BUSY_WARPS = 24  # of a multiprocessor: so many loads in flight hide what memory takes
 IN_FLIGHT = {1: 5, 2: 2, 4: 1, 8: 1}  # units that a thread of the mat-vec loads before it needs them, by tokens
 ROWS_A_THREAD = {1: 1, 2: 2, 4: 2, 8: 2}  # by tokens: those are loaded once for all rows
+LARGE_ROWS_A_THREAD = ROWS_A_THREAD | {8: 1}  # of units larger than UNIT, for which registers do not suffice
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_SHARED = 1 << 10  # bytes of shared memory that the driver takes for each block
 DECODED_BYTES = 2  # a decoded weight or an activation in a tile is a half
@@ -194,8 +195,10 @@ def choose_matvec(format_name: str, n_tokens: int, n_rows: int, n_cols: int, cap
     while lanes < WARP and n_rows * lanes < busy and -(-units // (2 * lanes)) * 2 * lanes <= WASTE * units:
         lanes *= 2
     tokens, warps = min(PASS, 1 << (n_tokens - 1).bit_length()), 4
-    cut = Config(ROWS_A_THREAD[tokens] * warps * WARP, lanes * UNIT, tokens, warps, stages=IN_FLIGHT[tokens])
-    return replace(cut, rows=cut.rows // lanes_of(cut, unit_of(format_name)))
+    unit = unit_of(format_name)
+    rows = (LARGE_ROWS_A_THREAD if unit > UNIT else ROWS_A_THREAD)[tokens]
+    cut = Config(rows * warps * WARP, lanes * UNIT, tokens, warps, stages=IN_FLIGHT[tokens])
+    return replace(cut, rows=cut.rows // lanes_of(cut, unit))
 
 
 def unit_of(format_name: str) -> int:
@@ -210,9 +213,11 @@ def lanes_of(cut: Config, unit: int) -> int:
 
 
 def ahead_of(cut: Config, unit: int, n_cols: int) -> int:
-    """Units that a thread has in flight: as many as `stages` allows, and as divide the steps of a row."""
+    """Units that a thread has in flight: as many as `stages` allows, fewer of large ones, and as divide the steps of a
+    row."""
     steps = -(-n_cols // (unit * lanes_of(cut, unit)))
-    return next(n for n in range(min(cut.stages, steps), 0, -1) if steps % n == 0)
+    most = max(1, min(cut.stages, cut.stages * UNIT // unit, steps))
+    return next(n for n in range(most, 0, -1) if steps % n == 0)
 
 
 def choose_matmul(format_name: str, n_tokens: int, n_rows: int, n_cols: int, capability: tuple[int, int]) -> Config:

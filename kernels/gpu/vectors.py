@@ -19,7 +19,7 @@ def load_four(words, at):
     if INTERPRETED:
         return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
     return tl.inline_asm_elementwise(
-        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
         "=r,=r,=r,=r,l",
         [place.to(tl.int64)],
         dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
@@ -35,7 +35,7 @@ def load_two(words, at):
     if INTERPRETED:
         return tl.load(place), tl.load(place + 1)
     return tl.inline_asm_elementwise(
-        "ld.global.nc.v2.b32 {$0, $1}, [$2];",
+        "ld.global.v2.b32 {$0, $1}, [$2];",
         "=r,=r,l",
         [place.to(tl.int64)],
         dtype=(tl.uint32, tl.uint32),
@@ -51,7 +51,7 @@ def load_one(words, at):
     if INTERPRETED:
         return tl.load(place)
     return tl.inline_asm_elementwise(
-        "ld.global.nc.b32 $0, [$1];", "=r,l", [place.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
+        "ld.global.b32 $0, [$1];", "=r,l", [place.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
     )
 
 
