@@ -100,7 +100,7 @@ def test_a_think_block_is_split_off(model: Model, monkeypatch: pytest.MonkeyPatc
         return logits
 
     n_prompt = len(model.build_prompt("What?", model.listen(None)).ids)
-    monkeypatch.setattr(model.runtime, "prefill", lambda prompt, rows, n_new: one_hot(0))
+    monkeypatch.setattr(model.runtime, "prefill", lambda *_: one_hot(0))
     monkeypatch.setattr(model.runtime, "decode", lambda token, position: one_hot(position - n_prompt + 1))
     result = model.generate("What?")
     assert (result.reasoning, result.text, result.finish_reason) == ("hm", "yes", "stop")

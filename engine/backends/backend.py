@@ -46,7 +46,7 @@ class Backend:
     kv_type: str
     window_batch: int
     prefill_chunk: int
-    prefill_step: int = 16
+    prefill_step: int = 8
     rounds: frozenset[str] = frozenset()
     device: Device = field(default_factory=Device)
     bind_steps: Callable[..., Any] | None = None

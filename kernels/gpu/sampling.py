@@ -111,7 +111,7 @@ def _weigh(logits, token, settings, weights, state, n, BLOCK: tl.constexpr):
         tl.store(state + TARGET, EVERYTHING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _tally(logits, weights, state, sums, n, shift, MASS: tl.constexpr, LIMITS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes to sums [blocks, LIMITS] how many logits of the block, or how much mass, reach each of the limits.
 
@@ -132,7 +132,7 @@ def _tally(logits, weights, state, sums, n, shift, MASS: tl.constexpr, LIMITS: t
     tl.store(sums + block * LIMITS + number, tl.sum(reached, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _narrow(
     sums,
     state,
