@@ -35,7 +35,8 @@ def static_cases(capability: tuple[int, int] = (8, 9)) -> Iterator[Case]:
         yield gated_case(Q4_K, n_tokens, pick)
     yield three_case((Q8_0, Q8_0, Q8_0), 1, pick)
     yield best_case(Q6_K, pick)
-    yield matmul_case(Q4_K, 512, pick, gated=True)
+    for fmt in (Q4_K, Q6_K, Q8_0):
+        yield matmul_case(fmt, 512, pick, gated=True)
     for n_cols in (D_MODEL, D_FF):
         yield prepare_case(n_cols)
 
