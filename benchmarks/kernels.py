@@ -5,8 +5,8 @@
     python benchmarks/kernels.py --tune --types Q4_K Q6_K     # a GPU: which tiles are fastest, into kernels/gpu/tuned
 
 `--static` compiles every case that a module in kernels/gpu lists, for four processors, and reads the machine code; the
-table is kept with the hashes of the sources it is of, one for each minor version of Triton. Times: see `kernel_times.py`. The last line is one JSON document
-(with `--static --json` a list of rows).
+table is kept with the hashes of the sources it is of, one for each minor version of Triton. Times: see
+`kernel_times.py`. The last line is one JSON document (with `--static --json` a list of rows).
 """
 
 from __future__ import annotations
