@@ -29,13 +29,17 @@ from auricle.kernels.gpu.tune import find_processor, resident_blocks
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "auricle.kernels.gpu"
-RESULT = RESULTS / "kernels-static.json"
 KEYS = ("kernel", "type", "arch", "config", "registers", "stack", "local", "shared", "load_bits", "tensor_core")
 KEYS += ("moves", "activation_bits", "instructions")
 MATVEC_WARPS = 12  # that a multiprocessor keeps resident at least: so many loads in flight hide what memory takes
 MATVEC_BITS = 64  # of a load of weights at least
 ACTIVATION_BITS = 128  # of a load of activations at least, in the mat-vec
 INSTRUCTIONS = {1: 2.5, 2: 3.0, 4: 4.0, 8: 6.0}  # of the mat-vec for a weight at most, by tokens
+
+
+def table_path(triton: str) -> Path:
+    """Where the table of a version of Triton is kept, such as that for "3.9.0": one for each minor version."""
+    return RESULTS / f"kernels-static-{'.'.join(triton.split('.')[:2])}.json"
 
 
 def list_modules() -> list[str]:
@@ -164,4 +168,4 @@ def save_table(rows: Sequence[dict[str, Any]], faults: Sequence[str]) -> None:
     """A row a line, so that a diff shows what a change does to a kernel."""
     head = {"benchmark": "kernels-static", "triton": version("triton"), "sources": hash_sources(), "faults": faults}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    RESULT.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+    table_path(version("triton")).write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')

@@ -5,13 +5,14 @@
     python benchmarks/kernels.py --tune --types Q4_K Q6_K     # a GPU: which tiles are fastest, into kernels/gpu/tuned
 
 `--static` compiles every case that a module in kernels/gpu lists, for four processors, and reads the machine code; the
-table is kept with the hashes of the sources it is of. Times: see `kernel_times.py`. The last line is one JSON document
-(with `--static --json` a list of rows).
+table is kept with the hashes of the sources it is of, one for each minor version of Triton. Times: see
+`kernel_times.py`. The last line is one JSON document (with `--static --json` a list of rows).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="measure configurations and keep the fastest")
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression for NAME TYPE")
     parser.add_argument("--archs", type=int, nargs="+", help="processors for --static: 80 89 90 120")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile for --static")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile for --static")
     parser.add_argument("--shapes", nargs="+", choices=("4b", "8b"), default=("4b", "8b"))
     parser.add_argument("--types", nargs="+", help="of weights; by default those with a tile decoder")
     parser.add_argument("--tokens", type=int, nargs="+", default=(1, 2, 4, 8, 64, 512))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -23,9 +24,16 @@ LIVE = r"^(matvec Q4_K|matmul Q6_K|kv_attention_split Q8_0|norm_rope_store F16)$
 AGAIN = "run benchmarks/kernels.py --static --save"
 
 
-@pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    return json.loads(kernel_static.RESULT.read_text())
+TABLES = {path: json.loads(path.read_text()) for path in sorted(kernel_static.RESULTS.glob("kernels-static-*.json"))}
+
+
+@pytest.fixture(scope="module", params=TABLES, ids=lambda path: path.stem)
+def document(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The table of the Triton that is here. Another one can only be made, and compared, where that Triton is."""
+    document, here = TABLES[request.param], version("triton")
+    if kernel_static.table_path(here) != request.param:
+        pytest.skip(f"made with Triton {document['triton']}; here is {here}")
+    return document
 
 
 def run_without_interpreter(*command: object) -> subprocess.CompletedProcess[str]:
@@ -36,7 +44,14 @@ def run_without_interpreter(*command: object) -> subprocess.CompletedProcess[str
     )
 
 
-# The committed table.
+# The committed tables.
+
+
+def test_there_is_a_table_of_each_triton_that_is_supported() -> None:
+    assert {path.stem for path in TABLES} == {"kernels-static-3.6", "kernels-static-3.9"}
+    for path, document in TABLES.items():
+        assert kernel_static.table_path(document["triton"]) == path
+        assert document["faults"] == []
 
 
 def test_the_table_is_of_these_sources(document: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ...kernels.errors import AuricleError
@@ -55,14 +56,19 @@ def has_card() -> bool:
     """Whether `auto` takes the GPU: says so, and why not when there is one that cannot be used."""
     import torch
 
-    if not torch.cuda.is_available():
-        return False
-    from .cuda_device import check_cuda
+    from .cuda_device import check_cuda, machine_has_card
 
     try:
         check_cuda()
     except BackendError as error:
-        log.warning("the GPU is left alone: %s", error)
+        if machine_has_card():
+            tell_left_alone(str(error).removesuffix(", or use --backend cpu").removesuffix("; use --backend cpu"))
         return False
     log.info("computing on %s (--backend cpu for the processor)", torch.cuda.get_device_name())
     return True
+
+
+@cache
+def tell_left_alone(reason: str) -> None:
+    """Said once for each reason."""
+    log.warning("the GPU is left alone and the processor computes: %s", reason)

@@ -41,7 +41,8 @@ def static_cases(capability: tuple[int, int] = (8, 9)) -> Iterator[Case]:
         yield three_case((Q8_0, Q8_0, Q8_0), n_tokens, pick)
     for fmt in (Q4_K, Q6_K):
         yield best_case(fmt, pick)
-    yield matmul_case(Q4_K, 512, pick, gated=True)
+    for fmt in (Q4_K, Q6_K, Q8_0):
+        yield matmul_case(fmt, 512, pick, gated=True)
     for n_cols in (D_MODEL, D_FF):
         yield prepare_case(n_cols)
     for norm in ("none", "rms", "layer"):
