@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from auricle.kernels.gpu.static import ARCHS, Row, count_moves, find_loads
+from auricle.kernels.gpu.static import ARCHS, Row, count_instructions, count_moves, find_loads
 from auricle.kernels.gpu.tiles import TILES
 from support import ROOT
 
@@ -80,6 +80,16 @@ def test_nothing_is_wrong_with_any_kernel(document: dict[str, Any]) -> None:
     assert kernel_static.find_faults(document["rows"]) == document["faults"] == []
 
 
+@pytest.mark.parametrize("kernel", ["matvec", "matvec_gated", "matvec_three", "matvec_best"])
+def test_products_of_bytes_are_counted(document: dict[str, Any], kernel: str) -> None:
+    """At one token and at eight, so that `find_faults` can say what a weight costs."""
+    rows = [row for row in document["rows"] if row["kernel"] == kernel]
+    counted = {(row["type"], row["config"]["tokens"]) for row in rows if row["instructions"]}
+    types = {"matvec_three": ["Q4_K+Q4_K+Q6_K"], "matvec_best": ["Q4_K", "Q6_K"]}
+    few = (1,) if kernel == "matvec_best" else (1, 8)
+    assert counted >= {(name, n) for name in types.get(kernel, ["Q4_K", "Q5_K", "Q6_K", "Q8_0"]) for n in few}
+
+
 def test_rows_have_what_a_reader_of_json_expects(document: dict[str, Any]) -> None:
     assert all(tuple(row) == kernel_static.KEYS == tuple(Row.__dataclass_fields__) for row in document["rows"])
 
@@ -111,8 +121,10 @@ def test_no_gpu_is_said_in_one_line() -> None:
 
 # What is found wrong.
 
-GOOD = {"kernel": "matvec", "type": "Q4_K", "arch": 89, "config": {"warps": 4, "stages": 2}, "registers": 96}
+CONFIG = {"tokens": 1, "warps": 4, "stages": 2}
+GOOD = {"kernel": "matvec", "type": "Q4_K", "arch": 89, "config": CONFIG, "registers": 96}
 GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core": False, "moves": 0}
+GOOD |= {"activation_bits": 128, "instructions": 2.5}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +136,11 @@ GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core"
         ({"shared": 100 << 10}, "a block may have 101376"),
         ({"shared": 100 << 10, "arch": 90, "kernel": "attention"}, None),
         ({"registers": 255, "config": {"warps": 16}, "kernel": "attention"}, "not one block fits"),
-        ({"load_bits": 32}, "32 bits at a time"),
+        ({"load_bits": 32}, "weights are loaded 32 bits at a time"),
+        ({"activation_bits": 32}, "activations are loaded 32 bits at a time"),
+        ({"instructions": 2.51}, "2.51 instructions a weight, at most 2.5"),
+        ({"instructions": 6.0, "config": CONFIG | {"tokens": 8}}, None),
+        ({"instructions": 6.01, "config": CONFIG | {"tokens": 8}}, "6.01 instructions a weight, at most 6.0"),
         ({"registers": 255}, "8 warps resident"),
         ({"kernel": "matmul"}, "no tensor core"),
         ({"kernel": "matmul", "tensor_core": True, "moves": 2}, "an accumulator out anew 2 times"),
@@ -173,3 +189,28 @@ TTGIR = """
 def test_moves_of_accumulators_are_counted_inside_loops() -> None:
     assert count_moves(TTGIR) == 2
     assert count_moves(TTGIR.replace("#mma", "#blocked")) == 0  # sums of threads, not of tensor cores
+
+
+CODE = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/              @!P0 IDP.4A.U8.S8 R8, R4, R5, RZ ;
+        /*0030*/                   IDP.4A.U8.S8 R8, R6, R7, R8 ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   IDP.4A.U8.S8 R8, R6, R7, R8 ;
+        /*0060*/                   EXIT ;
+.L_x_1:
+        /*0070*/                   BRA `(.L_x_1);
+        /*0080*/                   NOP;
+"""
+
+
+@pytest.mark.parametrize(("dots", "instructions"), [(3, 8), (7, 16), (21, 44)])
+def test_loops_are_counted_as_often_as_their_products_say(dots: int, instructions: int) -> None:
+    assert count_instructions(CODE, dots) == instructions
+
+
+def test_products_that_no_number_of_rounds_makes_are_a_defect() -> None:
+    with pytest.raises(AssertionError, match="dots=4"):
+        count_instructions(CODE, 4)

@@ -245,6 +245,6 @@ def count_instructions(code: str, dots: int) -> float:
             inside.update(range(labels[branch[1]], end + 1))
     n_inside = sum(bool(DOT.search(instructions[i])) for i in inside)
     n_outside = sum(bool(DOT.search(text)) for text in instructions) - n_inside
-    rounds = (dots - n_outside) / n_inside if n_inside else 1.0
-    assert dots == n_outside + rounds * n_inside, f"{dots=} {n_outside=} {n_inside=}"
+    rounds = (dots - n_outside) / n_inside if n_inside else float(dots == n_outside)
+    assert rounds in range(1, dots + 1), f"{dots=} {n_outside=} {n_inside=}"
     return len(instructions) - len(inside) + rounds * len(inside)
