@@ -5,6 +5,7 @@ Programs are bound, on a stand-in for a card, and nothing is compiled or started
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,3 +133,17 @@ def test_the_command_makes_a_card_ready_for_a_file_or_the_usual_shapes(
         assert "kernels for stand-in ready after" in capsys.readouterr().err
     assert found[0] == found[1]
     assert found[0]["_attend_split"]
+
+
+def test_compiling_is_said_once_and_only_when_it_takes_time(caplog: pytest.LogCaptureFixture) -> None:
+    from auricle.engine.backends.cuda_memory import tell_compiling, tell_compiling_once
+
+    tell_compiling_once.cache_clear()
+    caplog.set_level(logging.INFO, "auricle.backends")
+    tell_compiling(4, 4)
+    assert not caplog.records
+    for done in range(4):
+        tell_compiling(done, 4)
+    (record,) = caplog.records
+    assert "auricle warmup" in record.getMessage()
+    assert "\n" not in record.getMessage()

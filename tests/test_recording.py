@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from auricle.convert.hf import convert, plan_conversion
+from auricle.engine import load
 from auricle.engine.backends import find_backend
 from auricle.engine.backends.backend import Backend, Kernel
 from auricle.engine.device import Device
-from auricle.engine.executor import compile_graph
+from auricle.engine.executor import Draft, compile_graph
 from auricle.engine.graph import Graph
+from auricle.engine.sampling import Sampler
+from auricle.tools.sample import write_checkpoint
 
 
 class Recorder(Device):
@@ -88,3 +93,28 @@ def test_a_program_that_runs_once_is_not_recorded() -> None:
     program = compile_graph(chain(), recording_backend(device), {}.get, capture=["out"])
     program.run({"x": np.ones((2, 4), np.float32)})
     assert device.recorded == []
+
+
+def test_steps_are_bound_before_the_first_token_is_known(tmp_path: Path) -> None:
+    """So that what must be compiled for them is not in the midst of an answer."""
+    write_checkpoint(tmp_path / "checkpoint")
+    convert(plan_conversion(tmp_path / "checkpoint", "f32"), tmp_path / "model.gguf")
+    happened: list[str] = []
+
+    class Steps:
+        def __init__(self, draft: Draft, *_: object) -> None:
+            happened.append(f"bound {draft.capture[0]}")
+
+        def run(self, token: int, position: int, n_steps: int, sampler: Sampler) -> Iterator[int]:
+            happened.append("started")
+            return iter([3] * n_steps)
+
+    with load(tmp_path / "model.gguf", backend="cpu", n_ctx=200) as model:
+        model.runtime.backend = replace(model.backend, bind_steps=Steps)
+        for chosen in ({}, {"temperature": 0.7, "seed": 1}):
+            list(model.stream("What?", max_new_tokens=3, **chosen))
+        model.generate("What?", max_new_tokens=1, top_k=3, temperature=1.0)  # its one token needs no step
+        pieces = iter(model.stream("What?", max_new_tokens=3))
+        next(pieces, None)
+    assert happened[:4] == ["bound token", "started", "bound logits", "started"]
+    assert happened.count("bound token") == happened.count("bound logits") == 1
