@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from card_report import count_cases, goals, make_page, plot_roofline, summary_line, why
-from card_worker import Worker, run_workers, wait_for
+from card_worker import Worker, run_workers, stop_all, wait_for
 from checkout import ROOT
 
 HERE = Path(__file__).parent
@@ -54,7 +54,7 @@ KEPT_SUFFIXES = (".cubin", ".json", ".so", ".py")  # of them, in the archive tha
 REQUEST_SHARES = (0.5, 0.85)  # of that time, when the requests of each recipe must have ended
 MOST_TOLD = 12  # failures after a stage; the page has more
 LEAST_S = 12  # a stage that would have less is not begun
-REPORT_S = 6  # kept for the plot and the archive
+REPORT_S = 10  # kept for the plot and the archive
 SPARE_CORES = 3  # while cases run, for what is prepared beside them
 AMPLE_BYTES = 40 << 30  # free memory of a card on which others may prepare while cases run
 CASE_BYTES = 3 << 29  # of a card, for each process that checks cases
@@ -364,8 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     finally:
-        for worker in run.workers:
-            worker.stop("the run has ended")
+        stop_all(run.workers, "the run has ended")
         if a.work is None:
             shutil.rmtree(work, ignore_errors=True)
     print("\n" + (a.out / "card.txt").read_text()[:9000], flush=True)

@@ -62,7 +62,7 @@ class Profiles:
 
     def profile(self, name: str) -> dict[str, Any]:
         call, n = self.part(self.model("plain"), name)
-        walls = [self._wall(call) for _ in range(4)]
+        walls = [self._wall(call) for _ in range(2 if self.gpu.rehearsal else 4)]
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [] if self.gpu.rehearsal else [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:

@@ -81,9 +81,12 @@ class Worker:
 
     def stop(self, reason: str) -> None:
         """Ends it for good; a step at work is told as cut off."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is None:
+            return
+        if self.process.poll() == 0 and self._current()[0] is None:
+            self.process = None
+        else:
             self._end(reason)
-        self.process = None
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines so far; one that is not whole is left out."""
@@ -179,8 +182,7 @@ def run_workers(
         if not running and not waiting:
             return True
         time.sleep(POLL_S)
-    for worker in running:
-        worker.stop("cut off by the time limit of the stage")
+    stop_all(running, "cut off by the time limit of the stage")
     return False
 
 
@@ -190,6 +192,19 @@ def wait_for(workers: Sequence[Worker], deadline: float) -> bool:
         if not [worker for worker in workers if worker.poll()]:
             return True
         time.sleep(POLL_S)
-    for worker in workers:
-        worker.stop("cut off by the time limit of the stage")
+    stop_all(workers, "cut off by the time limit of the stage")
     return False
+
+
+def stop_all(workers: Sequence[Worker], reason: str) -> None:
+    """Ends them for good, at the same time: many that do not listen take no longer than one."""
+    alive = [w.process for w in workers if w.process is not None and w.process.poll() is None]
+    for name in ("SIGTERM", "SIGKILL"):
+        for process in alive:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, getattr(signal, name))
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end and any(process.poll() is None for process in alive):
+            time.sleep(POLL_S / 2)
+    for worker in workers:
+        worker.stop(reason)

@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import card
 import card_report
+import card_worker
 import roofline
 from card_steps import Journal, run_steps
 from card_worker import Worker, run_workers
@@ -121,10 +122,44 @@ def test_a_stage_is_cut_short_and_keeps_what_it_has(tmp_path: Path) -> None:
     assert gone(pid)
 
 
+DEAF = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+Path(sys.argv[1]).write_text("")
+time.sleep(600)
+"""
+
+
+@needs_proc
+def test_those_that_do_not_listen_are_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_worker, "GRACE_S", 0.5)
+    names = [f"deaf{i}" for i in range(3)]
+    workers = [Worker(n, [sys.executable, "-c", DEAF, tmp_path / n], tmp_path / "logs", 60) for n in names]
+    for w in workers:
+        w.start()
+    end = soon()
+    while not all((tmp_path / n).exists() for n in names):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    pids = [w.process.pid for w in workers]
+    card_worker.stop_all(workers, "over")
+    assert all(map(gone, pids))
+    assert all("over" in w.note for w in workers)
+
+
 def test_run_workers_says_when_it_cut_short(tmp_path: Path) -> None:
     w = worker(tmp_path, "hang")
     assert not run_workers([w], soon(0.5))
     assert w.process is None
+
+
+def test_one_that_has_ended_well_is_not_told_as_ended(tmp_path: Path) -> None:
+    w = worker(tmp_path, "first")
+    w.start()
+    w.process.wait()
+    w.stop("over")
+    assert (w.process, w.note, [row["ok"] for row in w.finished()]) == (None, "", [True])
 
 
 def test_a_command_that_cannot_start_is_told_and_not_repeated(tmp_path: Path) -> None:
