@@ -62,7 +62,7 @@ class Task:
 
 def tasks(gpu: Gpu) -> Iterator[Task]:
     products = {p.name: p for p in list_products(shape_of(gpu))}
-    wanted = [("gate_up", "Q4_K", 1)] if gpu.rehearsal else WANTED
+    wanted = [("o", "Q4_K", 1)] if gpu.rehearsal else WANTED
     yield from (Task(products[name], type_name, n) for name, type_name, n in wanted)
 
 
