@@ -173,3 +173,4 @@ TTGIR = """
 def test_moves_of_accumulators_are_counted_inside_loops() -> None:
     assert count_moves(TTGIR) == 2
     assert count_moves(TTGIR.replace("#mma", "#blocked")) == 0  # sums of threads, not of tensor cores
+    assert count_moves(TTGIR.replace("-> (tensor<64x128xf32", "-> (tensor<64x256xf32")) == 0  # nothing is summed
