@@ -182,7 +182,7 @@ MOVE = re.compile(r"\bttg\.(?:convert_layout|local_alloc|local_store)\b.*?\btens
 
 def count_moves(ttgir: str) -> int:
     """Changes of layout, in loops, of tensors of the shape of an accumulator: a product of tensor cores, made in the
-    loop or in one inside it, that the loop carries on. What becomes an operand is not counted."""
+    loop or in one inside it, that the loop carries on. Operands, before and after they are laid out, do not count."""
     moves, loops = 0, []  # of each open loop: its indentation, shapes it carries, of products, and that are moved
     for line in ttgir.splitlines():
         if start := LOOP.match(line):
@@ -198,6 +198,6 @@ def count_moves(ttgir: str) -> int:
                 loops[-1][2].update(products)
         elif product := PRODUCT.search(line):
             products.add(product[1])
-        elif (move := MOVE.search(line)) and "dot_op" not in move[3]:
+        elif (move := MOVE.search(line)) and "#mma" in move[2] + move[3] and "dot_op" not in move[3]:
             moved.append(move[1])
     return moves
