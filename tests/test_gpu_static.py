@@ -180,15 +180,17 @@ TTGIR = """
       %3 = ttng.warp_group_dot %1, %x, %2 : tensor<64x32xf16> * !ttg.memdesc<32x128xf16> -> tensor<64x128xf32, #mma1>
       %4 = ttg.convert_layout %3 : tensor<64x128xf32, #mma1> -> tensor<64x128xf32, #mma>
       %5 = ttg.convert_layout %4 : tensor<64x128xf32, #mma> -> tensor<64x128xf32, #ttg.dot_op<{opIdx = 0}>>
+      %6 = ttg.convert_layout %k : tensor<64x128xf32, #blocked> -> tensor<64x128xf32, #linear>
       scf.yield %4 : tensor<64x128xf32, #mma>
     } loc(#loc280)
-    %6 = ttg.convert_layout %sums : tensor<64x128xf32, #mma> -> tensor<64x128xf32, #blocked2> loc(#loc144)
+    %7 = ttg.convert_layout %sums : tensor<64x128xf32, #mma> -> tensor<64x128xf32, #blocked2> loc(#loc144)
 """
 
 
 def test_moves_of_accumulators_are_counted_inside_loops() -> None:
     assert count_moves(TTGIR) == 2
     assert count_moves(TTGIR.replace("#mma", "#blocked")) == 0  # sums of threads, not of tensor cores
+    assert count_moves(TTGIR.replace("-> (tensor<64x128xf32", "-> (tensor<64x256xf32")) == 0  # nothing is summed
 
 
 CODE = """

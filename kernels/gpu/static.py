@@ -187,31 +187,31 @@ def trace_arguments(register: str, sources: Mapping[str, set[str]]) -> set[int]:
 # Layouts are read from Triton's own form: in machine code a move looks like any other store and load.
 
 LOOP = re.compile(r"^(\s*)(?:%[^=]*= )?scf\.(?:for|while)\b")
+CARRIED = re.compile(r"tensor<([\dx]+xf32), #\w+>")
 LOOP_END = re.compile(r"^(\s*)\}")
 PRODUCT = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b.*->\s*tensor<([\dx]+xf32), #mma\w*>")
 MOVE = re.compile(r"\bttg\.(?:convert_layout|local_alloc|local_store)\b.*?\btensor<([\dx]+xf32), (#\w+)>(.*)")
 
 
 def count_moves(ttgir: str) -> int:
-    """Changes of layout, in loops, of tensors that have the shape of a product of that loop, or of one inside it, where
-    tensor cores make it. What becomes an operand is not counted: it is no accumulator.
-    """
-    moves, loops = 0, []  # of each open loop: its indentation, shapes of products, and shapes that are moved
+    """Changes of layout, in loops, of tensors of the shape of an accumulator: a product of tensor cores, made in the
+    loop or in one inside it, that the loop carries on. Operands, before and after they are laid out, do not count."""
+    moves, loops = 0, []  # of each open loop: its indentation, shapes it carries, of products, and that are moved
     for line in ttgir.splitlines():
         if start := LOOP.match(line):
-            loops.append((start[1], set(), []))
+            loops.append((start[1], set(CARRIED.findall(line.rpartition("->")[2])), set(), []))
             continue
         if not loops:
             continue
-        indent, products, moved = loops[-1]
+        indent, carried, products, moved = loops[-1]
         if (end := LOOP_END.match(line)) and end[1] == indent:
             loops.pop()
-            moves += sum(shape in products for shape in moved)
+            moves += sum(shape in carried & products for shape in moved)
             if loops:
-                loops[-1][1].update(products)
+                loops[-1][2].update(products)
         elif product := PRODUCT.search(line):
             products.add(product[1])
-        elif (move := MOVE.search(line)) and "dot_op" not in move[3]:
+        elif (move := MOVE.search(line)) and "#mma" in move[2] + move[3] and "dot_op" not in move[3]:
             moved.append(move[1])
     return moves
 
