@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import app
+from .app import app, say
 from .options import KVType
 
 
@@ -43,5 +42,6 @@ def warmup(
             formats = sorted({t.format for t in file.tensors.values() if len(t.shape) == 2}, key=lambda f: f.name)
     start = time.perf_counter()
     for what in warm(formats, cache):
-        print(f"auricle: {what}", file=sys.stderr)
-    print(f"auricle: ready after {time.perf_counter() - start:.1f} s, in {cache_folder()}", file=sys.stderr)
+        say(f"auricle: {what}")
+    kept = f", in {folder}" if (folder := cache_folder()) else ""
+    say(f"auricle: ready after {time.perf_counter() - start:.1f} s{kept}")
