@@ -87,7 +87,7 @@ def test_arrays_of_any_type_and_stride_are_written_by_their_bytes(tmp_path):
 
 def write_badly(path: Path, how: str) -> None:
     with GGUFWriter(path, plan_layout({}, [("norm", (5,), F32)])) as writer:
-        assert Path(f"{path}.part").exists()
+        assert len(os.listdir(path.parent)) == 2
         if how == "incomplete":
             writer.write("norm", bytes(19))
         elif how == "twice":

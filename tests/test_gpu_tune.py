@@ -19,12 +19,12 @@ from auricle.kernels.gpu.tune import (
     Config,
     Entry,
     TuneError,
+    format_table,
     load_table,
     pick,
     resident_blocks,
     shared_bytes,
     slug,
-    write_table,
 )
 
 CARD = "NVIDIA Made-Up 9 Ti"
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
         entry(64, 9728, 2560, 364, "matmul"),
         entry(512, 9728, 2560, 365, "matmul"),
     ]
-    write_table(tmp_path / f"{slug(CARD)}.json", entries, FACTS)
+    (tmp_path / f"{slug(CARD)}.json").write_text(format_table(entries, FACTS))
     return tmp_path
 
 
