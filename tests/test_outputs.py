@@ -183,8 +183,11 @@ KNOWN = {
     "tools/sample.py",  # a whole folder takes its place at once
     "benchmarks/turns.py",  # a log
 }
-METHODS = {"write_text", "write_bytes", "save_file", "save", "savefig", "tofile"}
-SYSTEM = {f"{m}.{f}" for m in ("os", "shutil") for f in ("copy", "copy2", "copyfile", "move", "rename", "replace")}
+METHODS = {"write_text", "write_bytes", "save_file", "savefig", "tofile"}
+SYSTEM = {f"{m}.{f}" for m in ("os", "shutil") for f in ("copy", "copy2", "copyfile", "move", "rename", "replace")} | {
+    "torch.save",
+    "np.save",
+}
 
 
 def writes(path: Path) -> list[str]:

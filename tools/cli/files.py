@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ...kernels.display import show
 from .app import app, print_json
 from .options import AsJSON, MaxNewTokens, ModelFile, OpenSettings, format_bytes, parse_duration, with_settings
 from .tables import format_shape, print_sizes, print_table
+
+VALUE = 120  # characters of a value in the table; --json has all of them
 
 
 @app.command()
@@ -37,7 +40,7 @@ def inspect(
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
         return f"[{value['length']:,}] {', '.join(map(repr, value['first']))}, …"
-    return repr(value) if isinstance(value, str) else str(value)
+    return show(repr(value) if isinstance(value, str) else value, VALUE)
 
 
 @app.command()

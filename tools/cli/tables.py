@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +30,7 @@ def print_sizes(what: str, sizes: dict[str, int]) -> None:
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], n_right: int = 0) -> None:
-    """A plain table on stdout; the last `n_right` columns are numbers. Never cut, however narrow the terminal."""
+    """A plain table on stdout; the last `n_right` columns are numbers. Never cut but by a narrow terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i >= len(header) - n_right else "left", no_wrap=True)
@@ -37,7 +38,8 @@ def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], n_right: i
         table.add_row(*map(cell, row))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=200)
+        endless = console.options.update(max_width=1 << 20)
+        console = Console(highlight=False, width=Measurement.get(console, endless, table).maximum)
     console.print(table)
     console.print()
 
