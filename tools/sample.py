@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 
 from ..engine.outputs import replacing, write_text
+from ..kernels.display import show
 from ..kernels.errors import AuricleError
+from .process import standard_streams
 
 N_MERGE, N_BYTES = 64, 256
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", None, None, None, "<think>", "</think>")
@@ -388,9 +390,10 @@ def main(arguments: list[str] | None = None) -> int:
     except AuricleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote a small random checkpoint to {options.directory}", file=sys.stderr)
+    print(f"wrote a small random checkpoint to {show(options.directory)}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

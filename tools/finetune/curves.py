@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ...engine.outputs import disk_errors, replacing, write_text
+from ...kernels.display import show
 
 CURVE_FILES = ("curves.csv", "curves.png")
 COLUMNS = (
@@ -89,7 +90,7 @@ def draw_curves(path: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{path}: no picture of it, since matplotlib is not installed", file=sys.stderr)
+        print(f"{show(path)}: no picture of it, since matplotlib is not installed", file=sys.stderr)
         return None
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True)

@@ -17,7 +17,9 @@ import soundfile
 
 from ....engine.mel import SAMPLE_RATE
 from ....engine.outputs import replacing, write_text
+from ....kernels.display import show
 from ....kernels.errors import AuricleError
+from ...process import standard_streams
 from .compose import Digits
 from .tasks import PROMPTS, Example
 
@@ -64,9 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     except AuricleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{a.out}: train.jsonl, validation.jsonl and test.jsonl; the question is {PROMPTS['transcribe']!r}")
+    print(f"{show(a.out)}: train.jsonl, validation.jsonl and test.jsonl; the question is {PROMPTS['transcribe']!r}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

@@ -20,7 +20,9 @@ import soxr
 
 from ....engine.mel import SAMPLE_RATE
 from ....engine.outputs import replacing
+from ....kernels.display import show
 from ....kernels.errors import AuricleError
+from ...process import standard_streams
 from .recordings import WORDS
 
 LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
@@ -99,9 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     except AuricleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{n_files} recordings of {options.voices} voices in {options.folder}")
+    print(f"{n_files} recordings of {options.voices} voices in {show(options.folder)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())
