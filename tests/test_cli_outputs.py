@@ -68,9 +68,6 @@ OVER: dict[str, Make] = {
     ],
     "convert over a link to one": lambda f: ["convert", f / "checkpoint", "-o", f / "soft"],
     "a matrix over its clip": lambda f: ["imatrix", f / "clip.flac", "-m", f / "model.gguf", "-o", f / "clip.flac"],
-    "a matrix over a merged one": lambda f: [
-        "imatrix", f / "clip.flac", "-m", f / "model.gguf", "-o", f / "matrix.gguf", "--merge", f / "matrix.gguf"
-    ],
     "a page over the model": lambda f: [
         "diff", f / "model.gguf", f / "clip.flac", "--against", MODEL, "--html", f / "hard"
     ],

@@ -37,7 +37,8 @@ def imatrix(
     from ...convert.importance import read_matrix, write_matrix
     from ..imatrix import check_columns, collect_importance
 
-    check_outputs([out], [settings.model, *files, *(merge or ()), *settings.lora_files()])
+    # Not over what is merged: all that such a file holds is in the new one, and to add to it in place is usual.
+    check_outputs([out], [settings.model, *files, *settings.lora_files()])
     matrices = {path: read_matrix(path) for path in merge or ()}
     with settings.open() as model:
         for path, matrix in matrices.items():
