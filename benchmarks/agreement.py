@@ -22,6 +22,7 @@ import numpy as np
 from quality_asks import LIMITS, N_CTX, RATE, SPLITS, quantise, read_examples
 
 from auricle.engine import Model, load
+from auricle.engine.outputs import write_text
 from auricle.tools.demo import MODEL
 from auricle.tools.demo.checkpoint import write_checkpoint
 from auricle.tools.finetune.digits import PROMPTS, Example
@@ -86,7 +87,7 @@ def main() -> None:
                 )
     a.out.mkdir(parents=True, exist_ok=True)
     facts = {"sequences": a.sequences, "seed": a.seed, "machine": describe_machine(), "rows": rows}
-    (a.out / "agreement.json").write_text(json.dumps(facts) + "\n")
+    write_text(a.out / "agreement.json", json.dumps(facts) + "\n")
     sys.exit(any(row["same"] != row["answers"] for row in rows))
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from auricle.convert.budget import Budget, read_report
 from auricle.convert.hf import convert, plan_conversion
 from auricle.convert.requantize import plan_requantization
+from auricle.engine.outputs import replacing, write_text
 from auricle.engine.prompts import TASKS
 from auricle.kernels.formats import Q3_K, Q8_0
 from auricle.tools.diff.network import Network
@@ -56,7 +57,8 @@ def add_structure(folder: Path, seed: int) -> None:
                 size = 0.4 * rng.standard_normal() if ".layers." in name else 0.0
                 w *= np.exp(0.2 * rng.standard_normal((len(w), 1)) + size) / tails
             tensors[name] = torch.from_numpy(w.astype(np.float32)).to(torch.bfloat16)
-        save_file(tensors, path, metadata={"format": "pt"})
+        with replacing(path) as part:
+            save_file(tensors, part.path, metadata={"format": "pt"})
 
 
 def checkpoints(given: Path, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -89,7 +91,7 @@ def make_report(ways: Path, f16: Path, q4: Path, clip: Path, way: str) -> Path:
             for entry in tensor["types"].values():
                 entry["kl"] = entry["error"] ** 2
     path = ways / f"{way}.json"
-    path.write_text(json.dumps(report))
+    write_text(path, json.dumps(report))
     return path
 
 

@@ -18,8 +18,9 @@ from card_kernels import Product, Stock, error_limit, list_products, shape_of
 from card_steps import Step
 from kernel_tune import neighbours
 
+from auricle.engine.outputs import write_text
 from auricle.kernels.gpu import tune
-from auricle.kernels.gpu.tune import FEW, Config, Entry, write_table
+from auricle.kernels.gpu.tune import FEW, Config, Entry, format_table
 
 WORTH = 0.97  # of the rule's time: what is not faster than that is chance
 NO_SLOWER = 1.01
@@ -151,7 +152,8 @@ def time_task(gpu: Gpu, work: Path, entries: list[Entry], task: Task) -> dict[st
     sizes = (task.product.rows[0], task.product.n_cols)
     entries.append(Entry(task.kernel, task.type_name, n, *sizes, found, 1e6 * times[found][0]))
     facts = gpu.describe()
-    write_table(work / "tuned" / table_name(gpu), entries, {"machine": facts, "versions": facts["versions"]})
+    table = format_table(entries, {"machine": facts, "versions": facts["versions"]})
+    write_text(work / "tuned" / table_name(gpu), table)
     return {"times": listed, "kept": asdict(found)}
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from synthetic import RESULTS
 
+from auricle.engine.outputs import write_text
 from auricle.kernels.gpu.static import ARCHS, Case, compile_case
 from auricle.kernels.gpu.tune import find_processor, resident_blocks
 
@@ -168,4 +169,4 @@ def save_table(rows: Sequence[dict[str, Any]], faults: Sequence[str]) -> None:
     """A row a line, so that a diff shows what a change does to a kernel."""
     head = {"benchmark": "kernels-static", "triton": version("triton"), "sources": hash_sources(), "faults": faults}
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    table_path(version("triton")).write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+    write_text(table_path(version("triton")), f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')

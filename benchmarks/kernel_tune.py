@@ -20,9 +20,10 @@ from kernel_times import Card, Job, Stock, list_products, occurs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from auricle.engine.outputs import write_text
 from auricle.kernels.formats import BY_NAME
 from auricle.kernels.gpu.tiles import TILES
-from auricle.kernels.gpu.tune import FEW, TUNED, Config, Entry, load_table, slug, write_table
+from auricle.kernels.gpu.tune import FEW, TUNED, Config, Entry, format_table, load_table, slug
 
 LIMITS = {
     "rows": (1, 256),
@@ -94,6 +95,7 @@ def run(a: argparse.Namespace) -> int:
                 entries[key] = Entry(*key, config, 1e6 * seconds)
                 print(f"{product.name} {name} {n} tokens: {1e6 * seconds:.1f} us, {config}", flush=True)
                 if a.save:
-                    write_table(path, list(entries.values()), facts)
+                    path.parent.mkdir(exist_ok=True)
+                    write_text(path, format_table(list(entries.values()), facts))
     print(json.dumps({"benchmark": "kernels-tune", "entries": len(entries), "machine": card.facts}))
     return 0

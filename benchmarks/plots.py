@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")  # to files; there may be no screen
 import matplotlib.pyplot as plt
 
+from auricle.engine.outputs import replacing
+
 Configurations = list[dict[str, Any]]
 
 
@@ -49,5 +51,6 @@ def plot_contexts(configurations: Configurations, path: Path) -> None:
 def _finish(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as part:
+        figure.savefig(part.path, dpi=110, format=path.suffix[1:], metadata={"Software": None})
     plt.close(figure)

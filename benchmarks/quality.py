@@ -26,6 +26,7 @@ from typing import Any
 
 from quality_asks import collect, measure_file, quantise, take_away
 
+from auricle.engine.outputs import replacing, write_text
 from auricle.tools.demo import find_model
 from auricle.tools.machine import describe_machine
 
@@ -105,7 +106,7 @@ def make_table(rows: list[Row]) -> str:
 
 def put_between_marks(path: Path, table: str) -> None:
     before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    write_text(path, f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -135,7 +136,8 @@ def plot(rows: list[Row], path: Path) -> None:
         ax.tick_params(axis="x", which="both", labelsize="small")
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as part:
+        figure.savefig(part.path, dpi=110, format=path.suffix[1:], metadata={"Software": None})
     plt.close(figure)
 
 
@@ -162,7 +164,7 @@ def main() -> None:
     facts = {"sequences": a.sequences, "seed": a.seed, "imatrix_clips": a.imatrix_clips}
     facts |= {"seconds": round(time.perf_counter() - start), "machine": describe_machine(), "rows": rows}
     a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "quality.json").write_text(json.dumps(facts) + "\n")
+    write_text(a.out / "quality.json", json.dumps(facts) + "\n")
     try:
         plot(types, a.out / "quality.png")
     except ImportError:

@@ -43,6 +43,7 @@ from auricle.engine.models.moss_audio import (
     token_count,
 )
 from auricle.engine.ops import OPS
+from auricle.engine.outputs import write_text
 from auricle.engine.runtime import row_stages
 from auricle.kernels.formats import Format
 from auricle.tools.synth import SynthPlan, plan_synth
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_launches(row)
     if a.readme:
         before, rest = a.readme.read_text().split(BEGIN)
-        a.readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+        write_text(a.readme, f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
     document = {"benchmark": "roofline", "kv_type": a.kv_type, "cards": [asdict(card) for card in CARDS], "rows": rows}
     if a.save:
         save_result("roofline.json", document)

@@ -18,6 +18,7 @@ import numpy as np
 
 from auricle.convert.hf import convert, plan_conversion
 from auricle.engine import load
+from auricle.engine.outputs import write_text
 from auricle.tools.stages import (
     drop_padding,
     mean_divergence,
@@ -60,7 +61,7 @@ def make_table(rows: list[dict], names: list[str]) -> str:
 
 def put_between_marks(path: Path, table: str) -> None:
     before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    write_text(path, f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:

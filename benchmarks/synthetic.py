@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from auricle.engine.outputs import write_text
 from auricle.tools.synth import plan_synth, write_synth
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,4 +27,4 @@ def make_model(folder: Path, shape: str, recipe: str) -> Path:
 
 def save_result(name: str, document: dict[str, Any]) -> None:
     """Keeps a document beside those of the other benchmarks, in lines that a diff can show."""
-    (RESULTS / name).write_text(json.dumps(document, indent=1) + "\n")
+    write_text(RESULTS / name, json.dumps(document, indent=1) + "\n")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from auricle.engine.outputs import write_text
 from auricle.tools.demo import MODEL
 from auricle.tools.finetune.digits.recordings import UNHEARD_SPEAKER
 from auricle.tools.machine import describe_machine
@@ -93,7 +94,7 @@ def main() -> None:
     facts |= {"scores": {name: document["scores"] for name, document in answers.items()}}
     facts |= {"same_text": same, "answers": len(texts["loaded"])}
     a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "voice.json").write_text(json.dumps(facts) + "\n")
+    write_text(a.out / "voice.json", json.dumps(facts) + "\n")
     for name, document in answers.items():
         print(f"{name}: {100 * document['scores']['wer']:.2f} % of digits wrong, {len(texts[name])} sequences")
     print(f"loaded and merged give the same text for {same} of {len(texts['loaded'])}")

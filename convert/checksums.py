@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from ..engine.gguf import GGUFError, open_gguf
+from ..engine.outputs import write_text
+from ..kernels.display import show
 from .source import Source, source_of_gguf
 from .threads import Meter, Progress, count_cores, run_in_order
 
@@ -39,15 +42,12 @@ def hash_tensors(path: str | Path, jobs: int | None = None, progress: Progress |
 
 
 def write_manifest(path: str | Path, digests: Mapping[str, str]) -> None:
-    """Raises ChecksumError where the file cannot be written."""
-    try:
-        Path(path).write_text(format_manifest(digests), encoding="utf-8")
-    except OSError as error:
-        raise ChecksumError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    """The whole file, or what was there before. Raises OutputError where it cannot be written."""
+    write_text(path, format_manifest(digests))
 
 
 def format_manifest(digests: Mapping[str, str]) -> str:
-    """Control characters and backslashes of a name are written as JSON does."""
+    """Backslashes and characters that cannot be seen are escapes in a name, as in JSON."""
     return "".join(f"{digest}  {_escape(name)}\n" for name, digest in digests.items())
 
 
@@ -82,4 +82,4 @@ def _hash_span(source: Source, start: int, stop: int, meter: Meter) -> str:
 
 
 def _escape(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)[1:-1]
+    return show(json.dumps(name, ensure_ascii=False)[1:-1], limit=sys.maxsize)

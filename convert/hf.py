@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.gguf import Typed, boolean, string, u32
-from ..engine.lora import LoraSpec
+from ..engine.lora import LoraSpec, parse_lora
 from ..engine.mel import hann_window, mel_filters
 from .checkpoint import CONFIG, FLOATS, Checkpoint, open_checkpoint, read_json
 from .hyperparameters import Hyperparameters, check_mel, look_up, read_hyperparameters
@@ -76,7 +76,8 @@ def plan_conversion(
     notes = vocabulary.notes + tuple(f"{name} is left out: {why}" for name, why in dropped.items())
     choices = {"overrides": overrides, "importance": importance, "adapters": adapters, "notes": notes}
     plan = make_plan(checkpoint, wanted, recipe, metadata | merged, **choices)
-    return replace(plan, computed=computed, dropped=dropped, hash_source=True)
+    inputs = (checkpoint.directory, *(parse_lora(spec)[0] for spec in lora))
+    return replace(plan, computed=computed, dropped=dropped, hash_source=True, inputs=inputs)
 
 
 def _compute(settings: Hyperparameters) -> dict[str, np.ndarray]:
@@ -94,9 +95,9 @@ def _check_world(checkpoint: Checkpoint, targets: dict[str, Target], settings: H
     missing, surplus, dropped = compare(checkpoint.tensors, targets, names.DROPS, settings.flags)
     if missing or surplus:
         raise ConversionError(
-            f"{checkpoint.directory} does not hold the tensors its {CONFIG} describes; nothing was written\n"
-            f"missing ({len(missing)}): {', '.join(fold(missing)) or 'none'}\n"
-            f"surplus ({len(surplus)}): {', '.join(fold(surplus)) or 'none'}"
+            f"{checkpoint.directory} does not hold the tensors its {CONFIG} describes; nothing was written",
+            f"missing ({len(missing)}): {', '.join(fold(missing)) or 'none'}",
+            f"surplus ({len(surplus)}): {', '.join(fold(surplus)) or 'none'}",
         )
     wrong = [name for name, target in targets.items() if checkpoint.tensors[name].shape != target.shape]
     if wrong:

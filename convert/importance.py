@@ -116,7 +116,7 @@ def merge(matrices: Iterable[ImportanceMatrix]) -> ImportanceMatrix:
 def write_matrix(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> int:
     """Writes a matrix; `path` appears when it is complete. Gives the size of the file in bytes.
 
-    Raises ConversionError for sums that are not finite or no sums at all, GGUFError when the file cannot be written.
+    Raises ConversionError for sums that are not finite or no sums at all, OutputError when the file cannot be written.
     """
     if not matrix.sums:
         raise ConversionError(f"{path}: there are no sums to write; collect some first")

@@ -10,19 +10,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from ..engine.gguf import GGUFError
+from ..engine.outputs import OutputError, disk_errors
 from .source import ConversionError
 
 VERSION = 1
 SYNC_BYTES = 64 << 20  # written between two lines at most, but for a tensor that is larger
 
 # What leaves the work where it is, to be resumed; any other failure would happen again.
-_RESUMABLE = (KeyboardInterrupt, SystemExit, GGUFError, OSError, MemoryError)
+_RESUMABLE = (KeyboardInterrupt, SystemExit, OutputError, OSError, MemoryError)
 
 
 class Journal:
@@ -50,11 +49,11 @@ class Journal:
         return self._fingerprint is not None
 
     def __enter__(self) -> Journal:
-        with self._disk_errors():
+        with disk_errors(self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._lock()
-            with self._disk_errors():
+            with disk_errors(self.path):
                 text = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
             if self.part.exists():
                 self._parse(text)
@@ -73,7 +72,7 @@ class Journal:
             raise ConversionError(
                 f"{self.part} was begun from another source or with other options: repeat those, or delete it"
             )
-        with self._disk_errors():
+        with disk_errors(self.path):
             os.ftruncate(self._fd, self._end)
             if not self.continues:
                 self._append([{"journal": VERSION, "fingerprint": fingerprint}])
@@ -86,7 +85,7 @@ class Journal:
         if self._waiting_bytes < SYNC_BYTES:
             return
         sync()
-        with self._disk_errors():
+        with disk_errors(self.path):
             self._append([{"tensor": name, "crc32": crc} for name, crc in self._waiting])
         self.recorded.update(self._waiting)
         self._waiting, self._waiting_bytes = [], 0
@@ -131,12 +130,3 @@ class Journal:
             n = os.pwrite(self._fd, text, self._end)
             text, self._end = text[n:], self._end + n
         os.fsync(self._fd)
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConversionError(
-                f"cannot write {self.path}: {error.strerror}; make room or choose another place"
-            ) from error

@@ -89,7 +89,7 @@ def plan_lora(directory: str | Path, type_name: str | None = None, base: str | P
     wanted = [Wanted(half.base + half.end, half.tensor.shape, half.tensor.name) for half in halves]
     notes = (f"{len(ranks)} matrices of rank {', '.join(map(str, sorted(set(ranks.values()))))}, alpha {alpha:g}",)
     plan = make_plan(Source({t.name: t for t in tensors}, (weights,)), wanted, recipe, metadata, notes=notes)
-    return replace(plan, hash_source=True)
+    return replace(plan, hash_source=True, inputs=(directory, *([Path(base)] if base is not None else [])))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def match_names(
     missing = [half.base + end for half in halves for end in (A, B) if half.base + end not in present]
     if surplus or missing or not halves or len(present) < len(halves):
         raise ConversionError(
-            f"{directory} does not hold pairs for matrices of {names.ARCHITECTURE}; nothing was written\n"
-            f"missing ({len(missing)}): {', '.join(fold(missing)) or 'none'}\n"
-            f"surplus ({len(surplus)}): {', '.join(fold(surplus)) or 'none'}"
+            f"{directory} does not hold pairs for matrices of {names.ARCHITECTURE}; nothing was written",
+            f"missing ({len(missing)}): {', '.join(fold(missing)) or 'none'}",
+            f"surplus ({len(surplus)}): {', '.join(fold(surplus)) or 'none'}",
         )
     return halves
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,8 @@ class PlanRow:
 class ConversionPlan:
     """What `stream.convert` will do. Iterating gives the rows; `notes` are what a user should be told.
 
-    `adapters` are added to the weights of their tensors on the way.
+    `adapters` are added to the weights of their tensors on the way. `inputs`: the files and folders that the plan was
+    made from, besides the source's files.
     With `hash_source` the metadata states the SHA-256 of the source's files, which are zeros until they are written.
     """
 
@@ -69,6 +71,7 @@ class ConversionPlan:
     computed: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     hash_source: bool = False
+    inputs: tuple[Path, ...] = ()
 
     @property
     def total_bytes(self) -> int:

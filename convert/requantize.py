@@ -6,12 +6,13 @@ Reads the header only; `stream.py` writes what is planned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..engine.gguf import GGUFFile, Typed, align, open_gguf
-from ..engine.lora import LoraSpec
+from ..engine.lora import LoraSpec, parse_lora
 from .budget import BUDGET_KEYS, Budget, free_names
 from .merge import MERGED_KEY, plan_merge
 from .plan import ConversionPlan, PlanRow, Wanted, describe_types, make_plan
@@ -64,7 +65,7 @@ def plan_requantization(
             f"({twice[0].source_format} to {twice[0].format}); start from an F16, BF16 or F32 file, "
             "or say --allow-requantize"
         )
-    return plan
+    return replace(plan, inputs=tuple(parse_lora(spec)[0] for spec in lora))
 
 
 def _spend(budget: Budget, file: GGUFFile, metadata: dict[str, Typed], overrides: Sequence[Rule]) -> tuple[Recipe, str]:

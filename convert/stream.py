@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..engine.gguf import GGUFError
 from ..engine.gguf_write import GGUFWriter, Layout
+from ..engine.outputs import OutputError, PathLike, check_outputs
 from .journal import Journal
 from .plan import ConversionPlan, PlanRow
 from .provenance import hash_files
 from .slabs import encode_slab, split_rows
-from .source import ConversionError
 from .threads import Meter, Progress, count_cores, run_in_order
 
 MAX_JOBS = 64  # unless more are asked for; each takes about 15 MB
@@ -31,9 +30,10 @@ CHECKING, VERIFYING, WRITING = "checking", "verifying", "writing"  # bytes of th
 
 def convert(
     plan: ConversionPlan,
-    out_path: str | os.PathLike[str],
+    out_path: PathLike,
     progress: Progress | None = None,
     *,
+    inputs: Iterable[PathLike | None] = (),
     jobs: int | None = None,
     resume: bool = False,
 ) -> None:
@@ -42,34 +42,26 @@ def convert(
     `jobs` threads encode (None: one a core); the file does not depend on their number. An interruption, a crash or a
     full disk leaves `out_path.part` and its journal, and `resume` goes on from there after checking what is there.
     `progress(what, done, total)` counts bytes while "checking" the source, then weights while "verifying" and
-    "writing". Raises ConversionError for weights that are not finite or do not fit the type, a source that changes,
-    an interrupted conversion that `resume` does not continue, and a file that cannot be written (a full disk: with the
-    bytes needed).
+    "writing". Nothing that the plan was made from is written over, nor `inputs`: what else the caller has read.
+    Raises ConversionError for weights that are not finite or do not fit the type, a source that changes and an
+    interrupted conversion that `resume` does not continue, OutputError for an output that is one of the inputs and a
+    file that cannot be written (a full disk: with the bytes needed).
     """
-    out_path, jobs = Path(out_path), jobs or min(count_cores(), MAX_JOBS)
-    _check_output(plan, out_path)
+    out_path = Path(os.path.realpath(out_path) if os.path.islink(out_path) else out_path)
+    jobs = jobs or min(count_cores(), MAX_JOBS)
     journal = Journal(out_path, resume)
+    check_outputs((out_path, journal.part, journal.path), (*plan.source.files, *plan.inputs, *inputs))
     try:
         with plan.source, journal:
             layout = plan.lay_out(_hash_source(plan, jobs, progress))
             journal.begin(_fingerprint(plan, layout))
-            with GGUFWriter(out_path, layout, keep=True, resume=journal.continues) as writer:
+            with GGUFWriter(out_path, layout, part=journal.part, resume=journal.continues) as writer:
                 finished = _verify(plan, journal.recorded, writer, progress)
                 _write(plan, finished, writer, journal, jobs, progress)
-    except GGUFError as error:
-        hint = f"; --resume goes on from {journal.part}" if journal.part.exists() else ""
-        raise ConversionError(f"{error}{hint}") from error
-
-
-def _check_output(plan: ConversionPlan, out_path: Path) -> None:
-    """What the writer would notice only after the checksums, or not at all."""
-    if not out_path.parent.is_dir():
-        raise ConversionError(f"{out_path.parent} is not a folder: make it first, or write elsewhere")
-    if out_path.exists() and not out_path.is_file():
-        raise ConversionError(f"{out_path} is not a file: write to another path")
-    for file in plan.source.files:
-        if out_path.exists() and out_path.samefile(file):
-            raise ConversionError(f"{out_path} is the source itself: write to another path")
+    except OutputError as error:
+        if not journal.part.exists():
+            raise
+        raise OutputError(f"{error}; --resume goes on from {journal.part}") from error
 
 
 def _hash_source(plan: ConversionPlan, jobs: int, progress: Progress | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import shutil
 import struct
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ from .gguf import (
     u32,
 )
 from .gguf_cursor import NUMBERS, GGUFError, ValueType
+from .outputs import OutputError, disk_errors, replacing
 
 VERSION = 3
 
@@ -151,51 +152,49 @@ def _encode_numbers(key: str, kind: ValueType, values: Sequence[float] | np.ndar
 
 
 class GGUFWriter:
-    """Puts bytes where a layout says, in a file `path + ".part"` that is renamed to `path` when all are there.
+    """Puts bytes where a layout says, in a new file that takes the place of `path` when all are there.
 
-    A context manager, used from one thread. When its body raises, the .part file is removed (with `keep` it stays) and
-    `path` is as before. With `resume` a .part file that is there is continued: `read` its tensors, and `accept` those
-    that are right. Raises GGUFError where the disk is full (path, needed and free bytes) or does not take the file.
+    A context manager, used from one thread. When its body raises, the new file goes and `path` is as before. With
+    `part` the new file has that name and stays when the body raises; with `resume` it is continued: `read` its
+    tensors, and `accept` those that are right. Raises OutputError where the disk is full (path, needed and free bytes)
+    or does not take the file.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], layout: Layout, *, keep: bool = False, resume: bool = False
+        self, path: str | os.PathLike[str], layout: Layout, *, part: Path | None = None, resume: bool = False
     ) -> None:
         self.path = Path(path)
         self.layout = layout
-        self.keep = keep
-        self.resume = resume
-        self._part = Path(f"{self.path}.part")
+        self._place = replacing(path, part=part, keep=part is not None, resume=resume)
+        self._open = ExitStack()
         self._fd = -1
         self._written = 0
         self._spans: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.tensors}
 
     def __enter__(self) -> GGUFWriter:
-        with self._disk_errors():
-            if self.path.exists() and not self.path.is_file():  # a rename would replace a device, too
-                raise GGUFError(f"cannot write {self.path}: it is not a regular file; choose another name")
-            fresh = 0 if self.resume else os.O_TRUNC
-            self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | fresh, 0o666)
-        try:
+        with ExitStack() as opening:
+            self._fd = opening.enter_context(self._place).fd
             with self._disk_errors():
                 taken = os.fstat(self._fd).st_blocks * 512  # by a file that is continued
-                if self.layout.total_bytes - taken > shutil.disk_usage(self._part.parent).free:
+                if self.layout.total_bytes - taken > self._free():
                     raise self._full(taken)
                 os.ftruncate(self._fd, self.layout.total_bytes)  # the padding between tensors reads as zeros
             self._put(memoryview(self.layout.header), 0)
-        except BaseException:
-            self._discard()
-            raise
+            self._open = opening.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._discard()
+        self._fd = -1
+        if kind is not None:
+            self._open.__exit__(kind, error, trace)
+            return
+        with self._open:
+            for name, info in self.layout.tensors.items():
+                assert self._spans[name] == [(0, info.nbytes)], (
+                    f"{name}: {self._spans[name]} of {info.nbytes} bytes written"
+                )
 
     def write(self, name: str, data: np.ndarray | bytes, at: int = 0) -> None:
         """Place the bytes of `data` at byte `at` of tensor `name`: in any order, every byte exactly once."""
@@ -245,36 +244,22 @@ class GGUFWriter:
                 n = os.pwrite(self._fd, data, offset)
                 data, offset, self._written = data[n:], offset + n, self._written + n
 
-    def _finish(self) -> None:
-        for name, info in self.layout.tensors.items():
-            assert self._spans[name] == [(0, info.nbytes)], (
-                f"{name}: {self._spans[name]} of {info.nbytes} bytes written"
-            )
-        with self._disk_errors():
-            os.fsync(self._fd)
-            os.replace(self._part, self.path)
-        os.close(self._fd)
-        self._fd = -1
-
-    def _discard(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            if not self.keep:
-                self._part.unlink(missing_ok=True)
-
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
         try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full(self._written) from error
-            raise GGUFError(f"cannot write {self.path}: {error.strerror}; choose another place") from error
+            with disk_errors(self.path):
+                yield
+        except OutputError as error:
+            if getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(self._written) from error.__cause__
+            raise
 
-    def _full(self, taken: int) -> GGUFError:
+    def _free(self) -> int:
+        return shutil.disk_usage(Path(os.path.realpath(self.path)).parent).free
+
+    def _full(self, taken: int) -> OutputError:
         needed = self.layout.total_bytes - taken
-        free = shutil.disk_usage(self._part.parent).free
-        return GGUFError(
-            f"{self.path}: the disk is full: {needed:,} bytes needed, {free:,} free; make room or write elsewhere"
+        return OutputError(
+            f"{self.path}: the disk is full: {needed:,} bytes needed, {self._free():,} free; "
+            "make room or write elsewhere"
         )

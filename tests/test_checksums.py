@@ -17,6 +17,7 @@ from auricle.convert.checksums import (
     write_manifest,
 )
 from auricle.engine.gguf import GGUFError, open_gguf, string
+from auricle.engine.outputs import OutputError
 from auricle.kernels.formats import F32
 from gguf_samples import METADATA as KEYS
 from gguf_samples import TENSORS, fill
@@ -82,7 +83,7 @@ def test_no_manifest(tmp_path: Path, text: str | None, message: str) -> None:
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(ChecksumError, match=r"cannot write .*: No such file or directory"):
+    with pytest.raises(OutputError, match=r"cannot write .*: No such file or directory"):
         write_manifest(tmp_path / "nowhere" / "m", {})
     (tmp_path / "a.gguf").touch()
     with pytest.raises(GGUFError, match="is empty"):

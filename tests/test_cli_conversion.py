@@ -109,8 +109,8 @@ def test_bad_options(folder: Path) -> None:
     fail(6, "no tensor's name matches 'x'", "quantize", source, out, "--tensor-type", "x=q8_0")
     fail(6, "there is no type 'q4_2'", "quantize", source, out, "--tensor-type", "*=q4_2")
     fail(3, "nothing.gguf.*No such file", "quantize", folder / "nothing.gguf", out)
-    fail(6, "is the source itself", "quantize", source, source)
-    fail(6, "nowhere is not a folder", "quantize", source, folder / "nowhere" / "x.gguf")
+    fail(8, "is an input itself", "quantize", source, source)
+    fail(8, "nowhere is not a folder", "quantize", source, folder / "nowhere" / "x.gguf")
     assert not list(folder.glob("bad.gguf*"))
 
 

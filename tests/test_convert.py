@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from auricle.convert.checkpoint import ConversionError
 from auricle.convert.hf import convert, plan_conversion
 from auricle.convert.names.table import evaluate, fold
 from auricle.engine.gguf import open_gguf
 from auricle.engine.models.moss_audio import PART_NAMES
+from auricle.engine.outputs import OutputError
 from auricle.kernels.formats import BF16, F16, F32, Q8_0
 from auricle.tools.sample import SampleShape
 from checkpoints import (
@@ -262,13 +262,13 @@ def test_progress_reaches_its_total(folder: Path, tmp_path: Path) -> None:
 
 def test_a_shard_is_not_overwritten(folder: Path) -> None:
     before = (folder / WEIGHTS).read_bytes()
-    with pytest.raises(ConversionError, match="is the source itself"):
+    with pytest.raises(OutputError, match="is an input itself"):
         convert(plan_conversion(folder, "f32"), folder / WEIGHTS)
     assert (folder / WEIGHTS).read_bytes() == before
 
 
 def test_missing_output_folder(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="nowhere is not a folder"):
+    with pytest.raises(OutputError, match="nowhere is not a folder"):
         convert(plan_conversion(folder, "f32"), tmp_path / "nowhere" / "a.gguf")
 
 

@@ -21,6 +21,7 @@ from auricle.kernels.gpu.tune import (
     Entry,
     TuneError,
     ahead_of,
+    format_table,
     lanes_of,
     load_table,
     pick,
@@ -28,7 +29,6 @@ from auricle.kernels.gpu.tune import (
     shared_bytes,
     slug,
     unit_of,
-    write_table,
 )
 
 CARD = "NVIDIA Made-Up 9 Ti"
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
         entry(64, 9728, 2560, 364, "matmul"),
         entry(512, 9728, 2560, 365, "matmul"),
     ]
-    write_table(tmp_path / f"{slug(CARD)}.json", entries, FACTS)
+    (tmp_path / f"{slug(CARD)}.json").write_text(format_table(entries, FACTS))
     return tmp_path
 
 
@@ -160,7 +160,8 @@ def test_every_thread_of_a_mat_vec_has_rows_and_few_idle_steps(
 
 def test_measured_cuts_of_a_mat_vec_keep_the_order_of_sums(tmp_path: Path) -> None:
     measured = Config(64, 2048, 1, 2, 3)
-    write_table(tmp_path / f"{slug(CARD)}.json", [Entry("matvec", "Q4_K", 1, 9728, 2560, measured, 1.0)], FACTS)
+    table = format_table([Entry("matvec", "Q4_K", 1, 9728, 2560, measured, 1.0)], FACTS)
+    (tmp_path / f"{slug(CARD)}.json").write_text(table)
     found = pick("matvec", "Q4_K", 1, 9728, 2560, CARD, folder=tmp_path)
     by_rule = RULES["matvec"]("Q4_K", 1, 9728, 2560, (8, 9))
     assert found == dataclasses.replace(measured, cols=by_rule.cols) != by_rule

@@ -285,8 +285,8 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list], int, str]] = {
     "not audio": (lambda f, _: [f / "model.gguf", f / "a.wav"], 4, "model.gguf"),
     "too long": (lambda f, _: [f / "a.wav", "--ctx", 40], 5, "a.wav: the prompt is"),
     "negative": (lambda f, _: [f / "a.wav", "--max-new-tokens", -1], 2, "max_new_tokens is -1"),
-    "no folder": (lambda f, t: [f / "a.wav", "-o", t / "no" / "out.gguf"], 2, "is not a folder"),
-    "over its input": (lambda f, _: [f / "a.wav", "-o", f / "model.gguf"], 2, "is an input itself"),
+    "no folder": (lambda f, t: [f / "a.wav", "-o", t / "no" / "out.gguf"], 8, "is not a folder"),
+    "over its input": (lambda f, _: [f / "a.wav", "-o", f / "model.gguf"], 8, "is an input itself"),
     "merging a model": (lambda f, _: [f / "a.wav", "--merge", f / "model.gguf"], 6, "general.type is"),
     "merging another model's": (other_matrix, 6, "adapter.up.weight has 64 columns, in the model 128"),
 }

@@ -14,6 +14,7 @@ from auricle.convert.requantize import plan_requantization
 from auricle.convert.source import ConversionError
 from auricle.engine.gguf import GGUFError, open_gguf
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
+from auricle.engine.outputs import OutputError
 from auricle.kernels.dequantize import dequantize
 from auricle.kernels.formats import F16, F32, Q4_K, Q8_0
 from auricle.kernels.quantize import quantize
@@ -164,7 +165,7 @@ def test_blocks_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 def test_a_model_is_not_written_over_itself(models: Path) -> None:
     before = (models / "f16.gguf").read_bytes()
-    with pytest.raises(ConversionError, match="is the source itself"):
+    with pytest.raises(OutputError, match="is an input itself"):
         requantize(models / "f16.gguf", models / "f16.gguf", "q8_0")
     assert (models / "f16.gguf").read_bytes() == before
 

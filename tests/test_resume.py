@@ -22,6 +22,7 @@ from auricle.convert.hf import convert, plan_conversion
 from auricle.convert.recipes import parse_override
 from auricle.convert.requantize import plan_requantization
 from auricle.convert.source import ConversionError
+from auricle.engine.outputs import OutputError
 from checkpoints import WEIGHTS, change_tensors, copy_checkpoint
 
 # Arguments: checkpoint, folder for the output, step between kill points. Each child counts its calls to the system that
@@ -252,9 +253,7 @@ def test_bad_weights_leave_nothing(folder: Path, tmp_path: Path) -> None:
 
 def test_a_disk_too_small_from_the_start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(
-        ConversionError, match=r"a\.gguf: the disk is full: [\d,]+ bytes needed, 1,000 free; make room or"
-    ):
+    with pytest.raises(OutputError, match=r"a\.gguf: the disk is full: [\d,]+ bytes needed, 1,000 free; make room or"):
         convert(plan_conversion(folder, "f32"), tmp_path / "a.gguf")
     assert leftovers(tmp_path / "a.gguf") == set()
 
@@ -274,12 +273,12 @@ def test_a_disk_that_fills_up(folder: Path, tmp_path: Path, monkeypatch: pytest.
     convert(plan_conversion(folder, "q8_0"), tmp_path / "whole.gguf")
     monkeypatch.setattr(os, "pwrite", pwrite)
     message = r"a\.gguf: the disk is full: [\d,]+ bytes needed, [\d,]+ free; .*; --resume goes on from .*a\.gguf\.part$"
-    with pytest.raises(ConversionError, match=message) as caught:
+    with pytest.raises(OutputError, match=message) as caught:
         convert(plan_conversion(folder, "q8_0"), out)
     assert "\n" not in str(caught.value)
     assert leftovers(out) == {".part", ".part.journal"}
     room = 100_000
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(OutputError, match=message):
         convert(plan_conversion(folder, "q8_0"), out, resume=True)
     assert leftovers(out) == {".part", ".part.journal"}
     room = 10**9

@@ -17,7 +17,8 @@ from auricle.convert.hf import plan_conversion
 from auricle.convert.source import ConversionError
 from auricle.convert.vocabulary import Vocabulary
 from auricle.engine import load
-from auricle.engine.gguf import GGUFError, open_gguf
+from auricle.engine.gguf import open_gguf
+from auricle.engine.outputs import OutputError
 from auricle.engine.tokenizer import Tokenizer
 from auricle.kernels.formats import BF16, BY_ID, F16, F32, FORMATS, Q2_K, Q6_K, Format
 from auricle.tools.sample import write_checkpoint
@@ -212,7 +213,7 @@ def test_wrong_requests_are_told_in_a_line(arguments: tuple, kind: type[Exceptio
 def test_a_full_disk_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(GGUFError, match=r"f\.gguf: the disk is full: .* bytes needed, 1,000 free") as caught:
+    with pytest.raises(OutputError, match=r"f\.gguf: the disk is full: .* bytes needed, 1,000 free") as caught:
         synthesise(tmp_path / "f.gguf")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

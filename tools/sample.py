@@ -24,7 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.outputs import replacing, write_text
+from ..kernels.display import show
 from ..kernels.errors import AuricleError
+from .process import standard_streams
 
 N_MERGE, N_BYTES = 64, 256
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", None, None, None, "<think>", "</think>")
@@ -213,7 +216,8 @@ def _write_weights(directory: Path, weights: dict[str, np.ndarray], n_shard: int
     files = files or [f"model-{i + 1:05}-of-{n_shard:05}.safetensors" for i in range(n_shard)]
     for i, file in enumerate(files):
         shard = {name: torch.from_numpy(weights[name]).to(torch.bfloat16) for name in names[i::n_shard]}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        with replacing(directory / file) as part:
+            save_file(shard, part.path, metadata={"format": "pt"})
     if n_shard > 1:
         total = sum(2 * weights[name].size for name in names)
         weight_map = {name: files[i % n_shard] for i, name in enumerate(names)}
@@ -365,14 +369,14 @@ def write_tokenizer(directory: Path, merges: Sequence[tuple[str, str]]) -> None:
         },
     }
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    write_text(directory / "merges.txt", "\n".join(lines) + "\n")
     write_json(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
     write_json(directory / "added_tokens.json", specials)
     write_json(directory / "tokenizer_config.json", settings)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -386,9 +390,10 @@ def main(arguments: list[str] | None = None) -> int:
     except AuricleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote a small random checkpoint to {options.directory}", file=sys.stderr)
+    print(f"wrote a small random checkpoint to {show(options.directory)}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

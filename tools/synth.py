@@ -155,8 +155,8 @@ def plan_synth(shape_name: str, type_name: str, seed: int = 0) -> SynthPlan:
 def write_synth(plan: SynthPlan, out_path: str | os.PathLike[str], progress: Progress | None = None) -> None:
     """Write the file a plan describes; `out_path` appears when it is complete, or not at all.
 
-    `progress(done, total)` counts bytes of weights. The same plan gives the same bytes. Raises GGUFError when the file
-    cannot be written (a full disk: with the bytes needed).
+    `progress(done, total)` counts bytes of weights. The same plan gives the same bytes. Raises OutputError when the
+    file cannot be written (a full disk: with the bytes needed).
     """
     weights = RandomWeights(plan.seed)
     done, total = 0, sum(info.nbytes for info in plan.layout.tensors.values())

@@ -113,7 +113,9 @@ def prepare() -> None:
     with global_compiler_lock:  # two models may be opened at once
         cpu_target.typing_context.refresh()
         cpu_target.target_context.refresh()
-    sweep(cache_folder(), fingerprint())
+    folder = cache_folder()
+    if folder is not None:
+        sweep(folder, fingerprint())
 
 
 def sweep(folder: Path, current: str) -> None:
@@ -129,13 +131,17 @@ def is_stamp(name: str) -> bool:
     return len(name) == STAMP_LENGTH and set(name) <= set("0123456789abcdef")
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: AURICLE_CACHE, or a folder of the user's."""
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: AURICLE_CACHE, or a folder of the user's. None where the user has no home, as in
+    a container that knows no such user."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "auricle"
+    home = os.environ.get("XDG_CACHE_HOME")
+    if home:
+        return Path(home) / "auricle"
+    found = os.path.expanduser("~")
+    return Path(found) / ".cache" / "auricle" if os.path.isabs(found) else None
 
 
 @cache
@@ -159,7 +165,7 @@ class _Folder(_CacheLocator):
         self._py_file = path
 
     def get_cache_path(self) -> str:
-        return str(cache_folder() / fingerprint())
+        return str((cache_folder() or Path()) / fingerprint())
 
     def get_source_stamp(self) -> str:
         return fingerprint()
@@ -215,6 +221,8 @@ class Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, fingerprint())
+        if cache_folder() is None:
+            self.disable()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         found = super().load_overload(sig, target_context)
@@ -223,6 +231,9 @@ class Cache(FunctionCache):
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        if not self._enabled:
+            complain("this user has no home", "~/.cache/auricle")
+            return
         try:
             super().save_overload(sig, data)
         except OSError as error:

@@ -172,12 +172,10 @@ def find_tuned(
     return min((e for e in near if e.n_tokens == n), key=distance).config
 
 
-def write_table(path: Path, entries: list[Entry], facts: dict[str, Any]) -> None:
-    """Keeps measured entries; `facts`: the machine and the versions they were measured with."""
+def format_table(entries: list[Entry], facts: dict[str, Any]) -> str:
+    """The file of measured entries; `facts`: the machine and the versions they were measured with."""
     assert facts.keys() >= {"machine", "versions"}, f"{sorted(facts)=}"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(facts | {"rows": [asdict(e) for e in entries]}, indent=1) + "\n")
-    load_table.cache_clear()
+    return json.dumps(facts | {"rows": [asdict(e) for e in entries]}, indent=1) + "\n"
 
 
 # Rules.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,8 +14,9 @@ from ...engine import Model, Result
 from ...engine.audio import AudioError
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
+from ...kernels.display import show_answer
 from ...kernels.errors import AuricleError
-from .app import app, complain
+from .app import app, complain, print_json
 from .options import AnswerSettings, TranscribeSettings, model_in_the_box, with_settings
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aiff"}
@@ -81,10 +81,20 @@ def split_question(words: list[str], prompt: str | None) -> tuple[list[str], str
     *files, question = words
     if not question.strip():
         raise OptionError("the question is empty; write one")
-    is_file = os.path.isfile(question) or Path(question).suffix.lower() in AUDIO_SUFFIXES
-    if question == "-" or is_file:
+    if question == "-" or os.path.isfile(question):
         raise OptionError(f"the question is missing: the last argument, {question}, is a file; put a question after it")
+    if _looks_like_a_file(question):
+        raise OptionError(
+            f"the question is missing: the last argument, {question}, looks like a file, which is not there; "
+            "put a question after it (or give one of that kind with --prompt)"
+        )
     return files, question
+
+
+def _looks_like_a_file(text: str) -> bool:
+    """A question may end in a file's name, but has several words then."""
+    words = 1 if text.startswith(("/", "./", "../", "~")) else len(text.split())
+    return words == 1 and Path(text).suffix.lower() in AUDIO_SUFFIXES
 
 
 def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSettings) -> int:
@@ -95,10 +105,10 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
         result = _stream(model, sources, prompt, settings)
     except AuricleError as error:
         if settings.as_json:
-            print(json.dumps({**named, "error": str(error)}), flush=True)
+            print_json({**named, "error": str(error)})
         return complain(error)
     if settings.as_json:
-        print(json.dumps({**named, **result.to_dict()}), flush=True)
+        print_json({**named, **result.to_dict()})
     elif sys.stderr.isatty():
         t = result.timings
         print(
@@ -119,14 +129,15 @@ def _stream(model: Model, sources: list[Any], prompt: str, settings: AnswerSetti
     """Prints the text while it is made, if wanted; on a terminal a line says what is going on until it starts."""
     from rich.console import Console
 
-    console, show = Console(stderr=True), not settings.as_json
+    console, wanted = Console(stderr=True), not settings.as_json
+    safe = show_answer if sys.stdout.isatty() else str
     with console.status("listening …") if sys.stderr.isatty() else _Quiet() as status:
         stream = model.stream(prompt, sources or None, **settings.generation())
         for piece in stream:
-            if show:
+            if wanted:
                 status.stop()
-                print(piece, end="", flush=True)
-    if show:
+                print(safe(piece), end="", flush=True)
+    if wanted:
         print(flush=True)
     return stream.result
 

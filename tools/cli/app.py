@@ -1,16 +1,17 @@
 """The program `auricle` that commands register with, and how errors become one line and an exit status.
 
-Exit statuses: 0 done; 1 a defect of ours (with a traceback), or a reader that
-left; 2 wrong usage or an option out of range; 3 the model
+Exit statuses: 0 done; 1 a defect of ours (with a traceback); 2 wrong usage or an option out of range; 3 the model
 file cannot be opened or run; 4 audio cannot be read; 5 the request does not fit the context; 6 conversion failed;
-7 the sides of a diff differ; 130 interrupted. Of several files all are tried, and the status is the first failure's.
+7 the sides of a diff differ; 8 an output cannot be written: a file, or stdout (nothing is said where stdout's reader
+left); 130 interrupted, 143 terminated. Of several files all are tried, and the status is the first failure's.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,11 +19,14 @@ from ...convert.checkpoint import ConversionError
 from ...engine.audio import AudioError
 from ...engine.gguf import GGUFError
 from ...engine.models.config import ModelError
+from ...engine.outputs import OutputError
 from ...engine.prompts import PromptError
 from ...engine.sampling import OptionError
 from ...engine.session import ContextError
 from ...engine.tokenizer import TokenizerError
+from ...kernels.display import show
 from ...kernels.errors import AuricleError
+from ..process import UNWRITABLE
 
 app = typer.Typer(
     name="auricle",
@@ -42,6 +46,7 @@ STATUSES: tuple[tuple[type[AuricleError], int], ...] = (
     (AudioError, 4),
     (ContextError, 5),
     (ConversionError, 6),
+    (OutputError, UNWRITABLE),
 )
 
 
@@ -54,6 +59,16 @@ def complain(error: AuricleError) -> int:
     """Says what is wrong on stderr; gives the exit status."""
     print(f"auricle: {error}", file=sys.stderr)
     return exit_status(error)
+
+
+def say(line: object) -> None:
+    """A line on stderr, safe whatever is named in it."""
+    print(show(line), file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    """One line on stdout, in ASCII: it means the same in every encoding, and a terminal obeys none of it."""
+    print(json.dumps(document, allow_nan=False), flush=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,7 +91,14 @@ def _main(
 def tell_on_stderr() -> None:
     """What the library has to say, such as that kernels are being compiled, as lines on stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("auricle: %(message)s"))
+    handler.setFormatter(_Lines("auricle: %(message)s"))
     log = logging.getLogger("auricle")
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
+
+
+class _Lines(logging.Formatter):
+    """A record as a line, safe whatever is named in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return show(super().formatMessage(record))

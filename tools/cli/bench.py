@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .app import app
+from .app import app, print_json, say
 from .options import OpenSettings, format_bytes, with_settings
 from .tables import print_table
 
@@ -30,12 +28,9 @@ def bench(
     """
     from ..bench import run_bench
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
     facts = run_bench(settings.open, settings.backend, audio, seconds, say, settings.precision)
     if settings.as_json:
-        print(json.dumps(facts, allow_nan=False))
+        print_json(facts)
         return
     print_table(*figure_table(facts), n_right=2)
     print_table(("machine", ""), machine_rows(facts))

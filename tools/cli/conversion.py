@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from ...convert.recipes import DEFAULT, ENCODER_FLOOR, RECIPES
 from ...engine.sampling import OptionError
-from .app import app
+from .app import app, say
 from .options import ModelFile, format_bytes, parse_size, with_settings
 from .tables import format_shape, print_sizes, print_table, show_progress
 
@@ -152,7 +150,7 @@ def quantize(
 
     budget = _find_budget(target_size, sensitivity, encoder_floor, settings)
     options = settings.choices() | {"allow_requantize": allow_requantize, "budget": budget}
-    _carry_out(plan_requantization(model, **options), out, settings)
+    _carry_out(plan_requantization(model, **options), out, settings, sensitivity)
 
 
 def _find_budget(
@@ -171,24 +169,24 @@ def _find_budget(
     return Budget(parse_size(target_size), read_report(sensitivity), find_type(floor) if floor else ENCODER_FLOOR)
 
 
-def _carry_out(plan: ConversionPlan, out: Path, settings: ConversionSettings) -> None:
+def _carry_out(plan: ConversionPlan, out: Path, settings: ConversionSettings, sensitivity: Path | None = None) -> None:
     from ...convert.stream import VERIFYING, WRITING
     from ...convert.stream import convert as write_file
 
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
     for note in plan.notes:
-        notes.print(escape(note))
+        say(note)
     if settings.dry_run:
         _print_plan(plan)
         return
+    inputs = (settings.imatrix, sensitivity)
     try:
         with show_progress({WRITING: " weights", VERIFYING: " weights"}) as progress:
-            write_file(plan, out, progress, jobs=settings.jobs, resume=settings.resume)
+            write_file(plan, out, progress, inputs=inputs, jobs=settings.jobs, resume=settings.resume)
     except KeyboardInterrupt:
         if Path(f"{out}.part").exists():
-            notes.print(f"interrupted; --resume goes on from {escape(str(out))}.part")
+            say(f"interrupted; --resume goes on from {out}.part")
         raise
-    notes.print(f"{escape(str(out))}: {len(plan)} tensors, {plan.total_bytes:,} bytes")
+    say(f"{out}: {len(plan)} tensors, {plan.total_bytes:,} bytes")
 
 
 def _print_plan(plan: ConversionPlan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from ...engine.lora import parse_lora
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
+from ...kernels.display import show
 from ..demo import find_model
-from .app import app
+from .app import app, print_json
 from .options import AsJSON, KVType, Loras, ModelFile, Precision, Threads, TimeMarkers, with_settings
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class DiffSettings:
     ] = None
     as_json: AsJSON = False
 
+    def inputs(self) -> list[Path | None]:
+        """What is read besides the model and the audio."""
+        adapters = [parse_lora(spec)[0] for spec in self.lora or ()]
+        return [self.reference, self.against, self.checkpoint, self.official, *adapters]
+
     @property
     def mode(self) -> str:
         return "bisect" if self.bisect else "isolate" if self.isolate else "chain"
@@ -102,18 +108,16 @@ def diff(
     The reference is one of --reference, --against, --official with --checkpoint, or --checkpoint. The status is 0
     when all limits hold and 7 when not.
     """
+    from ...engine.outputs import check_outputs, write_text
     from ...engine.session import set_threads
     from ..diff.locate import run_diff
-    from ..diff.output import check_target, write_text
     from ..diff.page import render
     from ..diff.report import document
     from ..diff.request import make_request, open_model
     from ..diff.thresholds import parse_overrides
 
     check_settings(settings)
-    for target in (settings.html, settings.sensitivity):
-        if target is not None:
-            check_target(target, [model, *map(Path, audio), settings.reference, settings.against])
+    check_outputs([settings.html, settings.sensitivity], [model, *audio, *settings.inputs()])
     overrides = parse_overrides(settings.threshold or ())
     if settings.threads is not None:
         set_threads(settings.threads)
@@ -138,7 +142,7 @@ def diff(
         if settings.sensitivity:
             facts["sensitivity"] = write_sensitivity(settings, opened, request)
         if settings.as_json:
-            print(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+            print_json(facts)
         else:
             print_outcome(outcome, opened)
             if settings.sensitivity:
@@ -157,8 +161,6 @@ def check_settings(settings: DiffSettings) -> None:
         raise OptionError("--sensitivity measures models without adapters; merge them first: auricle quantize --lora")
     if settings.probe not in ("tensor", "layer"):
         raise OptionError(f"--probe is {settings.probe!r}; it is tensor or layer")
-    if settings.html is not None and settings.html == settings.sensitivity:
-        raise OptionError(f"--html and --sensitivity both name {settings.html}; give each a file of its own")
     if settings.official and not settings.checkpoint:
         raise OptionError("--official needs the folder of the weights, too: --checkpoint DIR")
 
@@ -203,7 +205,7 @@ def write_sensitivity(settings: DiffSettings, model: Model, request: Request) ->
     from ..diff.sensitivity import measure, write_report
 
     console, tasks = Console(stderr=True), {}
-    columns = ("{task.description}", MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         open_model(settings.against, request, backend=settings.against_backend, precision="exact") as reference,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar,
@@ -247,10 +249,15 @@ def print_outcome(outcome: Outcome, model: Model) -> None:
     if outcome.tokens:
         console.print()
         for line in token_lines(outcome.tokens, model.tokenizer):
-            console.print(escape(line), soft_wrap=True)
+            console.print(_line(line), soft_wrap=True)
     if outcome.missing:
-        console.print(f"\nnot in the reference: {', '.join(outcome.missing)}", soft_wrap=True)
+        console.print("\n", _line(f"not in the reference: {', '.join(outcome.missing)}"), sep="", soft_wrap=True)
     verdict = outcome.verdict
-    console.print(f"\n{escape(verdict.summary)}", style="green" if verdict.passed else "bold red", soft_wrap=True)
+    style = "green" if verdict.passed else "bold red"
+    console.print("\n", _line(verdict.summary), sep="", style=style, soft_wrap=True)
     for evidence in verdict.evidence[1:]:
-        console.print(f"  {escape(evidence)}", soft_wrap=True)
+        console.print("  ", _line(evidence), sep="", soft_wrap=True)
+
+
+def _line(text: str) -> Text:
+    return Text(show(text))

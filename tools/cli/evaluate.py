@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from .app import app
+from .app import app, print_json
 from .options import AnswerSettings, with_settings
 from .tables import print_table
 
@@ -60,7 +59,7 @@ def evaluate(
     if settings.as_json:
         facts = {"model": str(settings.model), "data": str(data), "spelling": asdict(spelling), "skipped": n_more}
         facts |= {"cut_off": n_cut, "scores": asdict(scores), "rows": [describe_row(row) for row in rows]}
-        print(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+        print_json(facts)
         return
     print_table(("measure", "value"), table_rows(scores), n_right=1)
     print(f"compared: {spelling.describe()}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated, Any
 
 import typer
 
-from .app import app
+from ...kernels.display import show
+from .app import app, print_json
 from .options import AsJSON, MaxNewTokens, ModelFile, OpenSettings, format_bytes, parse_duration, with_settings
 from .tables import format_shape, print_sizes, print_table
+
+VALUE = 120  # characters of a value in the table; --json has all of them
 
 
 @app.command()
@@ -25,7 +27,7 @@ def inspect(
     with open_gguf(model) as file:
         facts = describe_file(file)
     if as_json:
-        print(json.dumps(facts, allow_nan=False))
+        print_json(facts)
         return
     print_table(("key", "value"), [(key, _brief(value)) for key, value in facts["metadata"].items()])
     rows = [(t["name"], format_shape(t["shape"]), t["type"], f"{t['bytes']:,}") for t in facts["tensors"]]
@@ -38,7 +40,7 @@ def inspect(
 def _brief(value: Any) -> str:
     if isinstance(value, dict):
         return f"[{value['length']:,}] {', '.join(map(repr, value['first']))}, …"
-    return repr(value) if isinstance(value, str) else str(value)
+    return show(repr(value) if isinstance(value, str) else value, VALUE)
 
 
 @app.command()
@@ -68,7 +70,7 @@ def plan(
     rows |= {"interpreter and libraries" if own else "CUDA itself, about": base}
     total = memory.total + base
     if settings.as_json:
-        print(json.dumps({**dataclasses.asdict(memory), "interpreter": base, "total": total}))
+        print_json({**dataclasses.asdict(memory), "interpreter": base, "total": total})
         return
     print_table(("part", "bytes", ""), [(name, f"{n:,}", format_bytes(n)) for name, n in rows.items()], n_right=2)
     print(f"peak: {total:,} bytes ({format_bytes(total)})")

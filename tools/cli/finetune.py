@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...kernels.errors import AuricleError
-from .app import app
+from .app import app, print_json
 
 
 class ExtraError(AuricleError):
@@ -89,4 +88,4 @@ def finetune(
     options["freeze"] = tuple(part.value for part in freeze or ())
     folder = run(Task(**options))
     if as_json:
-        print(json.dumps({"output_dir": str(folder), "curves": str(folder / "curves.csv")}))
+        print_json({"output_dir": str(folder), "curves": str(folder / "curves.csv")})

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from ...engine.outputs import check_outputs
 from ...engine.prompts import TASKS
-from ...engine.sampling import OptionError
-from .app import app
+from .app import app, print_json, say
 from .options import MaxNewTokens, OpenSettings, with_settings
 
 
@@ -39,8 +37,9 @@ def imatrix(
     from ...convert.importance import read_matrix, write_matrix
     from ..imatrix import check_columns, collect_importance
 
+    # Not over what is merged: all that such a file holds is in the new one, and to add to it in place is usual.
+    check_outputs([out], [settings.model, *files, *settings.lora_files()])
     matrices = {path: read_matrix(path) for path in merge or ()}
-    _check_output(out, [settings.model, *files])
     with settings.open() as model:
         for path, matrix in matrices.items():
             check_columns(model, matrix, str(path))
@@ -54,16 +53,6 @@ def imatrix(
     n_bytes = write_matrix(out, total)
     if settings.as_json:
         rows = {name: sums.n_rows for name, sums in total.sums.items()}
-        print(json.dumps({"file": str(out), "bytes": n_bytes, "datasets": total.datasets, "rows": rows}))
+        print_json({"file": str(out), "bytes": n_bytes, "datasets": total.datasets, "rows": rows})
         return
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    notes.print(f"{escape(str(out))}: {len(total.sums)} weights, {len(total.datasets)} recordings, {n_bytes:,} bytes")
-
-
-def _check_output(out: Path, inputs: list[Path]) -> None:
-    """What would be noticed only after the work, or not at all. Raises OptionError."""
-    if not out.parent.is_dir():
-        raise OptionError(f"{out.parent} is not a folder: make it first, or write elsewhere")
-    for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
-            raise OptionError(f"{out} is an input itself; write to another path")
+    say(f"{out}: {len(total.sums)} weights, {len(total.datasets)} recordings, {n_bytes:,} bytes")

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ...engine import Model, load
+from ...engine.lora import parse_lora
 from ...engine.sampling import OptionError
 from ..demo import MODEL, find_model
 
@@ -106,6 +107,10 @@ class OpenSettings:
     lora: Loras = None
     memory: Memory = None
     as_json: AsJSON = False
+
+    def lora_files(self) -> list[Path]:
+        """The adapters' files. Raises OptionError."""
+        return [parse_lora(spec)[0] for spec in self.lora or ()]
 
     def open(self) -> Model:
         return load(

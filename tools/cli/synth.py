@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from .app import app
+from ...engine.outputs import check_outputs
+from .app import app, say
 from .tables import print_sizes, show_progress
 
 
@@ -34,7 +33,7 @@ def synth(
         print_sizes("part", plan.bytes_by_part())
         print(f"file: {size:,} bytes")
         return
+    check_outputs([out])
     with show_progress({}) as report:
         write_synth(plan, out, partial(report, f"writing {out.name}"))
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    notes.print(f"{escape(str(out))}: {len(plan.layout.tensors)} tensors, {size:,} bytes")
+    say(f"{out}: {len(plan.layout.tensors)} tensors, {size:,} bytes")

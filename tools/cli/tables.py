@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TimeRemainingColumn
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from ...kernels.display import CELL, show
+from ..cells import cell
 from .options import format_bytes
 
 
@@ -28,15 +30,16 @@ def print_sizes(what: str, sizes: dict[str, int]) -> None:
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], n_right: int = 0) -> None:
-    """A plain table on stdout; the last `n_right` columns are numbers. Never cut, however narrow the terminal."""
+    """A plain table on stdout; the last `n_right` columns are numbers. Never cut but by a narrow terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i >= len(header) - n_right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*map(cell, row))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=200)
+        endless = console.options.update(max_width=1 << 20)
+        console = Console(highlight=False, width=Measurement.get(console, endless, table).maximum)
     console.print(table)
     console.print()
 
@@ -56,13 +59,19 @@ def show_progress(units: dict[str, str]) -> Iterator[Callable[[str, int, int], N
     There is a bar for each thing that is done; `units` says what it is counted in ("B" where it does not).
     """
     console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, unit=units.get(what, "B"))
+                tasks[what] = bar.add_task(show(what, CELL), total=total, unit=units.get(what, "B"))
             bar.update(tasks[what], completed=done, total=total)
 
         yield report

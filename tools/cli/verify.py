@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import app
+from ...engine.outputs import check_outputs
+from ...kernels.display import show
+from .app import app, say
 from .options import ModelFile
 from .tables import show_progress
 
@@ -20,23 +21,27 @@ def verify(
         Path | None, typer.Option("--manifest", help="Compare with these checksums.", show_default=False)
     ] = None,
     write_manifest: Annotated[
-        Path | None, typer.Option("--write-manifest", help="Write the checksums to a file.", show_default=False)
+        Path | None,
+        typer.Option("--write-manifest", help="Write the checksums to a file; - is stdout.", show_default=False),
     ] = None,
 ) -> None:
     """Print the SHA-256 of each tensor of a GGUF file, write them to a manifest, or compare them with one."""
     from ...convert import checksums
 
+    printed = str(write_manifest) == "-" or (write_manifest is None and manifest is None)
+    write_manifest = None if printed else write_manifest
+    check_outputs([write_manifest], [model, manifest])
     expected = None if manifest is None else checksums.read_manifest(manifest)
     with show_progress({}) as progress:
         digests = checksums.hash_tensors(model, progress=progress)
     if expected is not None:
         wrong = checksums.compare_manifest(digests, expected)
         for name, what in wrong.items():
-            print(f"{name}: {what}")
+            print(show(f"{name}: {what}"))
         if wrong:
             raise checksums.ChecksumError(f"{model}: {len(wrong)} of {len(expected)} checksums of {manifest} fail")
-        print(f"{model}: all {len(expected)} checksums agree", file=sys.stderr)
+        say(f"{model}: all {len(expected)} checksums agree")
     if write_manifest is not None:
         checksums.write_manifest(write_manifest, digests)
-    elif expected is None:
+    if printed:
         print(checksums.format_manifest(digests), end="")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import app
+from .app import app, say
 from .options import BackendName, KVType
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def warm_processor(backend: Backend, model: Path | None, kv_type: str | None) ->
             formats = sorted({t.format for t in file.tensors.values() if len(t.shape) == 2}, key=lambda f: f.name)
     start = time.perf_counter()
     for what in warm(formats, cache):
-        print(f"auricle: {what}", file=sys.stderr)
-    print(f"auricle: ready after {time.perf_counter() - start:.1f} s, in {cache_folder()}", file=sys.stderr)
+        say(f"auricle: {what}")
+    kept = f", in {folder}" if (folder := cache_folder()) else ""
+    say(f"auricle: ready after {time.perf_counter() - start:.1f} s{kept}")
 
 
 def warm_card(backend: Backend, model: Path | None, kv_type: str | None) -> None:
@@ -95,7 +96,7 @@ def warm_card(backend: Backend, model: Path | None, kv_type: str | None) -> None
                 cache = find_kv_format(kv_type or backend.kv_type, config.decoder.head_dim)
                 warm(file, config, backend, cache, report)
     took = time.perf_counter() - start
-    print(f"auricle: {sum(totals.values())} kernels for {name} ready after {took:.1f} s", file=sys.stderr)
+    say(f"auricle: {sum(totals.values())} kernels for {name} ready after {took:.1f} s")
 
 
 def models(model: Path | None) -> Iterator[tuple[str, Any]]:

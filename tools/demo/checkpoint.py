@@ -10,6 +10,7 @@ from ...kernels.errors import AuricleError
 from ..finetune.folder import read_gguf_weights, write_weights
 from ..finetune.shape import demo_config, demo_merges, write_demo_files
 from ..oracle.model import MossAudio
+from ..process import standard_streams
 from . import MODEL
 
 
@@ -41,4 +42,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

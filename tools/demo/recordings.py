@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from ...engine.outputs import replacing
 from . import FOLDER
 
 RATE = 8000  # samples a second, of every recording
@@ -58,7 +59,8 @@ def main() -> None:
     a = parser.parse_args()
     for sequence in SEQUENCES:
         path = a.folder / f"{sequence.name}.flac"
-        soundfile.write(path, sequence.samples(a.recordings), RATE, subtype="PCM_16")
+        with replacing(path) as part:
+            soundfile.write(part.path, sequence.samples(a.recordings), RATE, subtype="PCM_16", format="FLAC")
         print(f"{path}: {' '.join(sequence.digits)}")
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from ...kernels import display
+
 ENCODER = ("mel", "enc.", "adapter", "deepstack.")
-JOINERS = "\u200c\u200d"  # invisible, but parts of words in some scripts and of emoji
 MAX_TEXT = 4000  # characters of a prompt or of an answer
 N_FRAME_TOKENS = 8  # mel frames of an audio token
 ROWS_FIRST, ROWS_LAST = "first window", "last row"
@@ -25,15 +25,8 @@ NUMBERED = {"enc.tap": "tap", "deepstack": "merger", "llm.inject": "inject"}
 
 
 def show(text: Any) -> str:
-    """Text whose every character can be seen: what controls, reorders or cannot be encoded becomes an escape."""
-    shown = "".join(_show_character(c) for c in str(text)[:MAX_TEXT])
-    return shown + " …" * (len(str(text)) > MAX_TEXT)
-
-
-def _show_character(c: str) -> str:
-    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and c not in JOINERS:
-        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(c, f"\\u{ord(c):04x}")
-    return c
+    """Text whose every character can be seen."""
+    return display.show(text, MAX_TEXT)
 
 
 def embed(value: Any) -> str:

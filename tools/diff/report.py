@@ -11,12 +11,12 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from ...engine import Model
 from ...engine.models.moss_audio import clip_windows, part_of, token_count
 from ...engine.tokenizer import Tokenizer
+from ..cells import cell
 from .audit import TensorResult
 from .compare import StageResult, TokenResult
 from .locate import Outcome
@@ -143,7 +143,7 @@ def stage_table(results: list[StageResult]) -> Table:
         right = 2 <= i < len(COLUMNS) - 1
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for result in results:
-        table.add_row(*_cells(result), style=None if result.passed else "red")
+        table.add_row(*map(cell, _cells(result)), style=None if result.passed else "red")
     return table
 
 
@@ -157,7 +157,7 @@ def _cells(r: StageResult) -> tuple[str, ...]:
     if r.rows != "all":
         remarks.insert(0, r.rows)
     return (
-        escape(r.name),
+        r.name,
         "ok" if r.passed else "FAIL",
         _cosine(m.get("cos_min")),
         _cosine(limits.get("cos_min")),
@@ -166,7 +166,7 @@ def _cells(r: StageResult) -> tuple[str, ...]:
         _short(m.get("error_max")),
         _short(m.get("max_abs")),
         f"{m['norm_ratio']:.6f}" if "norm_ratio" in m else "",
-        escape("; ".join(remarks)),
+        "; ".join(remarks),
     )
 
 
@@ -187,7 +187,7 @@ def tensor_table(tensors: list[TensorResult]) -> Table:
     for t in ranked:
         at = f"row {t.worst_at[0]}, column {t.worst_at[1]}"
         cells = (t.name, "FAIL" if t.failures else "ok", t.type, f"{t.nbytes:,}", _short(t.error), _short(t.worst), at)
-        table.add_row(*map(escape, (*cells, "; ".join(t.failures))), style="red" if t.failures else None)
+        table.add_row(*map(cell, (*cells, "; ".join(t.failures))), style="red" if t.failures else None)
     return table
 
 

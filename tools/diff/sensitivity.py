@@ -38,19 +38,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from ...convert.budget import CANDIDATES, FORMAT, VERSION, fingerprint, measured_names
 from ...convert.recipes import fit_rows
 from ...convert.threads import count_cores
 from ...engine import Model
+from ...engine.outputs import write_text
 from ...engine.weights import Weight, load_weight
 from ...kernels.dequantize import dequantize
 from ...kernels.formats import Q4_K, Format
 from ...kernels.quantize import quantize
+from ..cells import cell
 from .network import Network
-from .output import write_text
 from .request import DiffError, Request
 
 SLAB_WEIGHTS = 1 << 22
@@ -265,7 +265,7 @@ def sensitivity_table(report: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="left" if name in ("tensor", "type") else "right", no_wrap=True)
     for row in report["tensors"][:N_SHOWN]:
         numbers = (f"{row['bytes']:,}", f"{row['error']:.1e}", f"{row['kl']:.1e}", f"{row['share']:.1%}")
-        table.add_row(escape(row["name"]), row["type"], *numbers)
+        table.add_row(cell(row["name"]), cell(row["type"]), *numbers)
     rest = report["tensors"][N_SHOWN:]
     if rest:
         nbytes, kl, share = (sum(row[key] for row in rest) for key in ("bytes", "kl", "share"))
@@ -276,5 +276,5 @@ def sensitivity_table(report: Mapping[str, Any]) -> Table:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """The whole file or none. Raises OptionError when it cannot be written."""
+    """The whole file or none. Raises OutputError when it cannot be written."""
     write_text(path, json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1) + "\n")

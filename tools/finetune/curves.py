@@ -6,12 +6,16 @@ Knows names and numbers only.
 from __future__ import annotations
 
 import csv
-import os
+import io
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ...engine.outputs import disk_errors, replacing, write_text
+from ...kernels.display import show
+
+CURVE_FILES = ("curves.csv", "curves.png")
 COLUMNS = (
     "step",
     "minutes",
@@ -52,23 +56,25 @@ class Curves:
         if not rows:
             self.path.unlink(missing_ok=True)
             return
-        whole = Curves(self.path.with_suffix(".part"))
-        whole.path.unlink(missing_ok=True)
-        for row in rows:
-            whole._append(row, quiet=True)
-        os.replace(whole.path, self.path)
+        write_text(self.path, _to_csv(rows, headed=True))
 
-    def _append(self, row: Mapping[str, float | str], quiet: bool = False) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
+    def _append(self, row: Mapping[str, float | str]) -> None:
+        """Raises OutputError."""
         written = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(written)
-        if not quiet:
-            print("  ".join(f"{name} {value}" for name, value in written.items()), file=sys.stderr, flush=True)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_to_csv([written], headed=file.tell() == 0))
+        print("  ".join(f"{name} {value}" for name, value in written.items()), file=sys.stderr, flush=True)
+
+
+def _to_csv(rows: Iterable[Mapping[str, str]], headed: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    if headed:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_curves(path: Path) -> list[dict[str, str]]:
@@ -84,7 +90,7 @@ def draw_curves(path: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{path}: no picture of it, since matplotlib is not installed", file=sys.stderr)
+        print(f"{show(path)}: no picture of it, since matplotlib is not installed", file=sys.stderr)
         return None
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, sharex=True)
@@ -107,5 +113,7 @@ def draw_curves(path: Path) -> Path | None:
     losses.set_ylabel("nats")
     rates.set_ylabel("errors, % of words")
     rates.set_xlabel("step")
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    return path.with_suffix(".png")
+    picture = path.with_suffix(".png")
+    with replacing(picture) as part, disk_errors(picture):
+        figure.savefig(part.path, dpi=120, format="png")
+    return picture

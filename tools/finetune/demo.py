@@ -20,6 +20,7 @@ from torch import nn
 from ...engine.mel import log_mel
 from ...kernels.errors import AuricleError
 from ..oracle.model import MossAudio
+from ..process import standard_streams
 from . import spectra
 from .batches import Batch, Codec, Row, collate, count_audio_tokens
 from .digits import MAX_WORDS, PROMPTS, Digits, Example
@@ -225,4 +226,5 @@ def _read_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

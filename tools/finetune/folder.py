@@ -5,9 +5,7 @@ Knows the files; the model's maths is the oracle's.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from ...convert.names.moss_audio import ARCHITECTURE, AUDIO_TOKENS, DROPS, TENSO
 from ...convert.names.table import rename
 from ...convert.vocabulary import read_vocabulary
 from ...engine.gguf import open_gguf
+from ...engine.outputs import copy_file, disk_errors, replacing
 from ...engine.prompts import SpecialIds
 from ...engine.tokenizer import Tokenizer
 from ...kernels.dequantize import dequantize
@@ -29,6 +28,7 @@ from ..oracle.lazy import Shards
 from ..oracle.model import MossAudio, read_json
 from .batches import Codec, make_codec
 
+WEIGHTS = "model.safetensors"
 SMALL_FILES = (".json", ".txt", ".jinja", ".model")
 
 
@@ -119,26 +119,30 @@ def is_tied(model: MossAudio) -> bool:
     return model.lm_head.weight is model.language_model.embed_tokens.weight
 
 
+def small_files(folder: Path) -> list[str]:
+    """The files of a checkpoint folder but its weights."""
+    return [p.name for p in folder.iterdir() if p.is_file() and p.suffix in SMALL_FILES and "safetensors" not in p.name]
+
+
 def copy_files(source: Path, target: Path) -> None:
-    """Everything of a checkpoint folder but its weights. Raises FolderError."""
+    """Everything of a checkpoint folder but its weights. Raises FolderError or OutputError."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if path.is_file() and path.suffix in SMALL_FILES and "safetensors" not in path.name:
-                shutil.copyfile(path, target / path.name)
+        for name in small_files(source):
+            copy_file(source / name, target / name)
     except OSError as error:
         raise FolderError(f"can't copy {source} to {target}: {error.strerror or error}") from None
 
 
 def write_weights(folder: Path, model: MossAudio) -> None:
-    """model.safetensors, float32, complete or not at all; the names are the checkpoint's. Raises FolderError."""
+    """model.safetensors, float32, complete or not at all; the names are the checkpoint's. Raises FolderError or
+    OutputError."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if is_tied(model):
         del weights["lm_head.weight"]
-    unfinished = folder / "model.safetensors.part"
+    path = folder / WEIGHTS
     try:
-        save_file(weights, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise FolderError(f"can't write {folder / 'model.safetensors'}: {error}; make room or choose another") from None
+        with replacing(path) as part, disk_errors(path):
+            save_file(weights, part.path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which a full disk is, too
+        raise FolderError(f"cannot write {path}: {error}; make room or choose another") from None

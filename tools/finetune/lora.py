@@ -6,13 +6,17 @@ choose them, and the adapters between the two. Knows no data and no loop.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
+from ...engine.outputs import copy_file, disk_errors
 from .train import TrainingError
 
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")  # as peft calls them
 DECODER = r"language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 ENCODER = r"audio_encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj)"
 ADAPTERS = r"(audio_adapter|deepstack_audio_merger_list\.\d+)\.(gate_proj|up_proj|down_proj)"
@@ -35,9 +39,14 @@ def add_lora(model: nn.Module, rank: int, alpha: float, *, on_encoder: bool = Fa
 
 
 def write_lora(wrapped: Any, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, which `auricle convert --lora` takes."""
+    """adapter_config.json and adapter_model.safetensors, which `auricle convert --lora` takes. Raises TrainingError or
+    OutputError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        wrapped.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    except OSError as error:
-        raise TrainingError(f"can't write {folder}: {error.strerror or error}") from None
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".part") as scratch:
+                wrapped.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
+                for path in Path(scratch).iterdir():
+                    copy_file(path, folder / path.name)
+    except SafetensorError as error:  # which a full disk is, too
+        raise TrainingError(f"cannot write {folder}: {error}; make room or choose another") from None

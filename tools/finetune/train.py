@@ -6,7 +6,6 @@ Knows a trainee, numbered batches and a clock; knows neither what the data are n
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...engine.outputs import disk_errors, replacing
 from ...kernels.errors import AuricleError
 from .batches import Batch
-from .curves import Curves
+from .curves import CURVE_FILES, Curves
 from .model import Trainee, to_tensors
+
+RUN_FILE = "checkpoint.pt"
 
 
 class TrainingError(AuricleError):
@@ -79,16 +81,16 @@ class Run:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True)
-        self.curves = Curves(folder / "curves.csv")
+        self.curves = Curves(folder / CURVE_FILES[0])
 
     @property
     def path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / RUN_FILE
 
     def save(self) -> None:
-        """Weights that train, optimiser and place, complete or not at all. Raises TrainingError."""
+        """Weights that train, optimiser and place, complete and on the disk, or not at all. Raises TrainingError or
+        OutputError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
         names = {name for name, value in self.trainee.named_parameters() if value.requires_grad}
         state = {
             "weights": {name: value for name, value in self.trainee.state_dict().items() if name in names},
@@ -99,11 +101,10 @@ class Run:
             "options": self.options,
         }
         try:
-            torch.save(state, unfinished)
-            os.replace(unfinished, self.path)
-        except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
-            raise TrainingError(f"can't write {self.path}: {error}; make room and --resume") from None
+            with replacing(self.path) as part, disk_errors(self.path):
+                torch.save(state, part.path)
+        except RuntimeError as error:  # which a full disk is, too
+            raise TrainingError(f"cannot write {self.path}: {error}; make room and --resume") from None
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint. Raises TrainingError when there is none, or one of another model."""

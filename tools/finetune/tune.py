@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
+from ...engine.outputs import check_outputs
 from ...kernels.errors import AuricleError
 from ..oracle.model import MossAudio
 from .batches import Codec, collate
 from .conversations import Conversations, ConversationSource
-from .curves import draw_curves
-from .folder import copy_files, read_codec, read_model, write_weights
+from .curves import CURVE_FILES, draw_curves
+from .folder import WEIGHTS, copy_files, read_codec, read_model, small_files, write_weights
 from .greedy import continue_greedily, count_errors
 from .loader import given, load
-from .lora import add_lora, write_lora
+from .lora import LORA_FILES, add_lora, write_lora
 from .model import Trainee, to_tensors
-from .train import Run, Settings
+from .train import RUN_FILE, Run, Settings
 
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_on_audio_encoder", "lora_on_adapters")
 SAME_WHEN_RESUMED = ("use_lora", *LORA_OPTIONS, "freeze", "max_len", "seed", "per_device_train_batch_size")
@@ -72,7 +73,7 @@ def finetune(task: Task) -> Path:
     """Trains and writes `output_dir`: a checkpoint folder, or the folder of a LoRA adapter; curves and a checkpoint to
     resume from beside it. Returns it.
 
-    Raises TaskError, FolderError, ConversationError, AudioError or TrainingError.
+    Raises TaskError, FolderError, ConversationError, AudioError, TrainingError or OutputError.
     """
     check(task)
     torch.manual_seed(task.seed)
@@ -131,7 +132,7 @@ def _check_output(task: Task) -> None:
     """Before hours of work, not after."""
     if task.output_dir.resolve() == task.model_dir.resolve():
         raise TaskError(f"--output-dir {task.output_dir} is the model's own folder; choose another")
-    if (task.output_dir / "checkpoint.pt").exists() and not task.resume:
+    if (task.output_dir / RUN_FILE).exists() and not task.resume:
         raise TaskError(f"{task.output_dir} holds a run already: --resume it, or choose another folder")
     try:
         task.output_dir.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,9 @@ def _check_output(task: Task) -> None:
             pass
     except OSError as error:
         raise TaskError(f"can't write into {task.output_dir}: {error.strerror or error}; choose another") from None
+    small = small_files(task.model_dir) if task.model_dir.is_dir() else ()
+    own = (RUN_FILE, *CURVE_FILES, *(LORA_FILES if task.use_lora else (WEIGHTS, *small)))
+    check_outputs([task.output_dir / name for name in own], [task.model_dir, task.data_path, task.eval_data_path])
 
 
 def choose_trained(model: MossAudio, task: Task) -> object | None:

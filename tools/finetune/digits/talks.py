@@ -16,8 +16,11 @@ import numpy as np
 import soundfile
 
 from ....engine.mel import SAMPLE_RATE
+from ....engine.outputs import replacing, write_text
+from ....kernels.display import show
+from ....kernels.errors import AuricleError
+from ...process import standard_streams
 from .compose import Digits
-from .recordings import DigitsError
 from .tasks import PROMPTS, Example
 
 
@@ -27,12 +30,13 @@ def write_talks(out: Path, name: str, examples: Iterable[Example]) -> Path:
     lines = []
     for number, example in enumerate(examples):
         clip = f"{name}/{number:04}.flac"
-        soundfile.write(out / clip, example.samples, SAMPLE_RATE, subtype="PCM_16")
+        with replacing(out / clip) as part:
+            soundfile.write(part.path, example.samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
         turns = (("user", "audio", clip), ("user", "text", example.prompt), ("assistant", "text", example.answer))
         messages = [{"role": role, "message_type": kind, "content": content} for role, kind, content in turns]
         lines.append(json.dumps({"conversation": messages}) + "\n")
     path = out / f"{name}.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
     return path
 
 
@@ -59,12 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
         examples["train"] = training_examples(splits["train"], a.sequences, a.seed)
         for split, some in examples.items():
             write_talks(a.out, split, some)
-    except DigitsError as error:
+    except AuricleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{a.out}: train.jsonl, validation.jsonl and test.jsonl; the question is {PROMPTS['transcribe']!r}")
+    print(f"{show(a.out)}: train.jsonl, validation.jsonl and test.jsonl; the question is {PROMPTS['transcribe']!r}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

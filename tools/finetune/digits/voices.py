@@ -19,7 +19,10 @@ import soundfile
 import soxr
 
 from ....engine.mel import SAMPLE_RATE
+from ....engine.outputs import replacing
+from ....kernels.display import show
 from ....kernels.errors import AuricleError
+from ...process import standard_streams
 from .recordings import WORDS
 
 LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
@@ -70,7 +73,8 @@ def write_voices(folder: Path, n_voices: int = 52, n_renderings: int = 3, seed: 
                 pitch = int(np.clip(voice.pitch + rng.integers(-8, 9), 0, 99))
                 speed = int(voice.speed * rng.uniform(0.9, 1.1))
                 samples = speak(program, f"{word}{ending}", voice.language, pitch, speed)
-                soundfile.write(folder / f"{digit}_{voice.name}_{index}.wav", samples, SAMPLE_RATE, subtype="PCM_16")
+                with replacing(folder / f"{digit}_{voice.name}_{index}.wav") as part:
+                    soundfile.write(part.path, samples, SAMPLE_RATE, subtype="PCM_16", format="WAV")
     return n_voices * n_renderings * len(WORDS)
 
 
@@ -94,12 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         n_files = write_voices(options.folder, options.voices, options.renderings, options.seed)
-    except VoiceError as error:
+    except AuricleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{n_files} recordings of {options.voices} voices in {options.folder}")
+    print(f"{n_files} recordings of {options.voices} voices in {show(options.folder)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())
