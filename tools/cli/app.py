@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from ...convert.checkpoint import ConversionError
-from ...engine.audio import AudioError
+from ...engine.audio import AudioError, LengthError
 from ...engine.gguf import GGUFError
 from ...engine.models.config import ModelError
 from ...engine.prompts import PromptError
@@ -39,6 +39,7 @@ STATUSES: tuple[tuple[type[AuricleError], int], ...] = (
     (GGUFError, 3),
     (ModelError, 3),
     (TokenizerError, 3),
+    (LengthError, 5),
     (AudioError, 4),
     (ContextError, 5),
     (ConversionError, 6),
