@@ -156,6 +156,10 @@ def file_starts(data: AudioBytes, at: int) -> bool:
     return any(head.startswith(magic) and head.startswith(more, place) for magic, place, more in _STARTS)
 
 
+def file_or_tag_starts(data: AudioBytes, at: int) -> bool:
+    return file_starts(data, at) or skip_tags(data, at) > at
+
+
 def _next_file(data: AudioBytes, start: int) -> int:
     """Where another file of uncompressed sound begins within sound of unknown length; else the end of all."""
     stop = data.size
@@ -178,7 +182,7 @@ def _ends_at(data: AudioBytes, at: int, form: Form | None, base: int) -> bool:
 
 
 def _follows(data: AudioBytes, at: int, form: Form | None) -> bool:
-    if data.size - at < 8 or file_starts(data, at) or skip_tags(data, at) > at:
+    if data.size - at < 8 or file_or_tag_starts(data, at):
         return True
     return form is not None and _chunk_at(data, at, form, must_fit=True) is not None
 

@@ -30,11 +30,12 @@ def coded_part(
     end: int,
     missing: float = 1.0,
     note: str | None = None,
-    endless: bool = False,
+    n_real: int | None = None,
 ) -> Part:
     """What libsndfile reads from `prefix` and the bytes [start, stop).
 
-    endless: the length that it finds is no promise, all that comes is heard. Raises AudioError for what it cannot read.
+    n_real: samples a channel that are sound, where the last block is filled up. Raises AudioError for what it cannot
+    read.
     """
 
     def opener() -> BinaryIO:
@@ -43,10 +44,16 @@ def coded_part(
     with open_sound(data.name, opener) as sound:
         rate, n_channels, n_frames = sound.samplerate, sound.channels, sound.frames
     check_channels(data.name, n_channels, rate)
-    stated = n_frames if n_frames < UNKNOWN_LENGTH and not endless else None
+    n_real = n_frames if n_real is None else min(n_real, n_frames)
+    stated = n_real if n_real < UNKNOWN_LENGTH else None
 
     def blocks() -> Blocks:
-        return sound_blocks(data.name, opener, rate, stated)
+        n_read = 0
+        for block in sound_blocks(data.name, opener, rate, stated):
+            yield block[: n_real - n_read]
+            n_read += len(block)
+            if n_read >= n_real:
+                return
 
     return Part(rate, n_channels, blocks, stated, end, missing, note, 8.0 * rate * n_channels)
 

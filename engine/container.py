@@ -120,8 +120,8 @@ def _parts_at(data: AudioBytes, at: int, max_seconds: float | None) -> list[Part
     if is_text(head):
         raise AudioError(f"{data.name}: is text, not audio; give a wav, flac, ogg or mp3 file")
     raise AudioError(
-        f"{data.name}: is damaged or of an unknown kind; give a wav, flac, ogg or mp3, raw samples as an array with their "
-        f"sample_rate, or {CONVERT}"
+        f"{data.name}: is damaged or of an unknown kind; give a wav, flac, ogg or mp3, or raw samples as an array "
+        f"with their sample_rate, or {CONVERT}"
     )
 
 

@@ -10,14 +10,16 @@ import struct
 
 from . import chunks
 from .audio_bytes import AudioBytes, AudioError
-from .chunks import SLIGHT, Chunks, file_starts, read_chunks, settle
+from .chunks import SLIGHT, Chunks, file_or_tag_starts, read_chunks, settle
 from .codec import coded_part
 from .pcm import SampleType
 from .recording import CONVERT, RESCUE, Part, Span, pcm_part
 from .streams import cut_off, mpeg_parts
+from .tags import skip_tags
 
 _INTEGER, _FLOAT, _A_LAW, _MU_LAW, _MPEG, _MPEG_3, _EXTENSIBLE = 1, 3, 6, 7, 0x50, 0x55, 0xFFFE  # WAVE format tags
 _WAVE_CODECS = {2: "MS ADPCM", 0x11: "IMA ADPCM", 0x31: "GSM 6.10", 0x38: "NMS ADPCM", 0x40: "G.721"}
+_FILLED = 1 << 12  # samples that fill up a last block at most
 _AIFC = {  # compression types; None: the bits state the width
     b"NONE": ("i", None, ">"),
     b"twos": ("i", None, ">"),
@@ -76,7 +78,11 @@ def _wave_sound(data: AudioBytes, found: Chunks, fmt: bytes, order: str) -> list
     riff, u32 = (b"RIFX", ">I") if order == ">" else (b"RIFF", "<I")
     head = b"WAVEfmt " + struct.pack(u32, len(fmt)) + fmt + b"data" + struct.pack(u32, n_bytes)
     prefix = riff + struct.pack(u32, len(head) + n_bytes) + head
-    return [coded_part(data, start, start + n_bytes, prefix, found.end, found.missing, found.note)]
+    part = coded_part(data, start, start + n_bytes, prefix, found.end, found.missing, found.note)
+    n_real = int.from_bytes(found.content.get(b"fact", b"")[:4], "big" if order == ">" else "little")
+    if 0 < (part.n_frames or 0) - n_real <= _FILLED:  # the last blocks are filled up
+        return [coded_part(data, start, start + n_bytes, prefix, found.end, found.missing, found.note, n_real)]
+    return [part]
 
 
 def _wave_sample(tag: int, n_channels: int, align: int, bits: int, order: str) -> SampleType | None:
@@ -259,9 +265,9 @@ class _Voc:
     def _is_block(self, at: int) -> bool:
         """Whether a block can begin here, or the file can end."""
         head = self._data.read(at, 4)
-        if len(head) < 4 or head[0] == 0:
-            return file_starts(self._data, at + 1) or self._data.is_blank(at, self._data.size)
-        return head[0] <= 9 and at + 4 + int.from_bytes(head[1:], "little") <= self._data.size
+        if len(head) == 4 and head[0]:
+            return head[0] <= 9 or skip_tags(self._data, at) > at
+        return self._data.is_blank(at, self._data.size) or file_or_tag_starts(self._data, at + 1)
 
     def parts(self, end: int) -> list[Part]:
         data = self._data

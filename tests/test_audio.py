@@ -216,7 +216,10 @@ def test_mp3_joined_tagged_and_interrupted(capfd):
 def test_mp3_that_changes_its_rate_or_channels_is_heard_whole(other, capfd):
     parts = [encode(synthetic(1.0, rate, channels), rate, "mp3") for rate, channels in ((44_100, 1), other)]
     one, two = map(load_audio, parts)
-    assert np.abs(load_audio(b"".join(parts)) - np.concatenate([one, two])).max() < 1e-4
+    joined = load_audio(b"".join(parts))
+    assert len(joined) == len(one) + len(two)
+    different = np.flatnonzero(np.abs(joined - np.concatenate([one, two])) > 1e-4)
+    assert np.abs(different - len(one)).max(initial=0) < 200  # where one resampler goes on
     assert capfd.readouterr().err == ""
 
 
