@@ -79,8 +79,9 @@ def _wave_sound(data: AudioBytes, found: Chunks, fmt: bytes, order: str) -> list
     head = b"WAVEfmt " + struct.pack(u32, len(fmt)) + fmt + b"data" + struct.pack(u32, n_bytes)
     prefix = riff + struct.pack(u32, len(head) + n_bytes) + head
     part = coded_part(data, start, start + n_bytes, prefix, found.end, found.missing, found.note)
-    n_real = int.from_bytes(found.content.get(b"fact", b"")[:4], "big" if order == ">" else "little")
-    if 0 < (part.n_frames or 0) - n_real <= _FILLED:  # the last blocks are filled up
+    fact = next((content for name, content in found.content.items() if name[:4] == b"fact"), b"")
+    n_real = int.from_bytes(fact[:4], "big" if order == ">" else "little")
+    if n_real and 0 < (part.n_frames or 0) - n_real <= _FILLED:  # the last blocks are filled up
         return [coded_part(data, start, start + n_bytes, prefix, found.end, found.missing, found.note, n_real)]
     return [part]
 

@@ -160,6 +160,12 @@ def _mpeg_part(data: AudioBytes, content: bytes, stream: Stream, end: int) -> Pa
             log.warning("%s: is damaged, its decoder complains %d times", data.name, len(complaints.lines))
 
     n_skipped = sum(_n_foreign(data, content, gap) for gap in stream.gaps)
+    if (
+        stream.gaps
+        and stream.gaps[0].start == 0
+        and n_skipped < 2 * max(span.stop - span.start for span in stream.spans)
+    ):
+        n_skipped = 0  # the end of a frame whose beginning is not there
     lost = stream.seconds(n_skipped / max(1.0, stream.n_bytes / stream.n_frames))
     note = f"{n_skipped} bytes between its frames are no MPEG audio, about {lost:.1f} s" if lost > TOLERANCE else None
     return Part(rate, stream.frame.n_channels, blocks, n_frames, end, note=note, bytes_per_second=_MPEG_RATE)

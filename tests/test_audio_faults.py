@@ -36,7 +36,7 @@ def fails(source, *parts: str, **options) -> None:
 
 FAULTS = {
     "vbr_in.wav": ("seven three nine one four", None),
-    "headless_vbr.mp3": ("one six three two eight five zero six", "no MPEG audio"),
+    "headless_vbr.mp3": ("one six three two eight five zero six", "its decoder complains"),
     "two_rates.mp2": ("one six three two eight five zero six", None),
     "joined.flac": ("one six three seven three nine one four", None),
     "size_half.wav": ("seven three nine one four", "states 32918 bytes of sound, all 65836 are heard"),
@@ -101,7 +101,7 @@ def test_every_sample_type_as_libsndfile_reads_it(kind, subtype):
     heard = load_audio(data)
     reference = load_audio(samples, rate)[:8_000]  # what fills up a last block is no sound
     assert subtype == "IMA_ADPCM" or 8_000 <= len(heard) <= 8_320
-    assert np.abs(heard[:7_900] - reference[:7_900]).max() < 1e-6
+    assert np.abs(heard[:7_700] - reference[:7_700]).max() < 1e-6
 
 
 @pytest.mark.parametrize("endian", ["BIG", "LITTLE"])
