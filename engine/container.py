@@ -1,69 +1,131 @@
-"""What the bytes of an audio file tell without decoding: a kind that libsndfile cannot read, and a missing part.
+"""Which kind of file bytes are, by what they hold; a name says nothing. Kinds that cannot be read are told by name.
 
-libsndfile reads a shortened file as if it were whole, and of a chained Ogg stream only the first recording.
-Layout of Ogg pages: RFC 3533. Knows nothing of samples.
+A file whose completeness cannot be checked is not read.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 
-# (offset, magic, what it is): kinds that people hand over and libsndfile does not read
+from .audio_bytes import AudioBytes, AudioError
+from .chunks import file_starts
+from .containers import aiff_parts, au_parts, caf_parts, sphere_parts, voc_parts, wave_parts
+from .recording import CONVERT, Part
+from .streams import flac_parts, is_mpeg, is_text, mpeg_parts, ogg_parts
+from .tags import skip_tags
+
+_HEAD_BYTES = 4096
+_MOST_PARTS = 10_000
+
+Reader = Callable[[AudioBytes, int], list[Part]]
+
+# magic, its reader: `file_starts` has looked at more of it
+_READERS: tuple[tuple[bytes, Reader], ...] = (
+    (b"RIFF", wave_parts),
+    (b"RIFX", wave_parts),
+    (b"RF64", wave_parts),
+    (b"BW64", wave_parts),
+    (b"riff", wave_parts),
+    (b"FORM", aiff_parts),
+    (b"caff", caf_parts),
+    (b".snd", au_parts),
+    (b"dns.", au_parts),
+    (b"NIST", sphere_parts),
+    (b"Crea", voc_parts),
+    (b"fLaC", flac_parts),
+    (b"OggS", ogg_parts),
+)
+# (offset, magic, what it is): kinds that people hand over
 _FOREIGN_KINDS = (
     (4, b"ftyp", "an MP4/M4A/MOV file"),
+    (4, b"moov", "an MP4/M4A/MOV file"),
+    (4, b"mdat", "an MP4/M4A/MOV file"),
     (0, b"\x1a\x45\xdf\xa3", "a WebM/Matroska file"),
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a WMA/ASF file"),
     (0, b"\xff\xf1", "a raw AAC (ADTS) file"),
     (0, b"\xff\xf9", "a raw AAC (ADTS) file"),
+    (0, b"ADIF", "a raw AAC (ADIF) file"),
     (0, b"#!AMR", "an AMR file"),
     (0, b"FLV\x01", "a Flash video file"),
     (0, b"MAC ", "a Monkey's Audio file"),
     (0, b"wvpk", "a WavPack file"),
+    (0, b"TTA1", "a True Audio file"),
+    (0, b"MPCK", "a Musepack file"),
+    (0, b"MP+", "a Musepack file"),
+    (0, b".RMF", "a RealMedia file"),
+    (0, b".ra\xfd", "a RealAudio file"),
+    (0, b"\x0b\x77", "an AC-3 file"),
+    (0, b"\x7f\xfe\x80\x01", "a DTS file"),
+    (0, b"DSD ", "a DSD file"),
+    (0, b"FRM8", "a DSD file"),
+    (0, b"MThd", "a MIDI file"),
+    (0, b"\x00\x00\x01\xba", "an MPEG program stream"),
+    (0, b"\x00\x00\x01\xb3", "an MPEG video stream"),
+    (0, b"nut/multimedia", "a NUT file"),
+    (0, b".SoX", "a SoX file"),
+    (0, b"XoS.", "a SoX file"),
+    (8, b"AVI ", "an AVI file"),
+    (8, b"8SVX", "an Amiga 8SVX file"),
+    (8, b"16SV", "an Amiga 16SV file"),
+    (0, b"2BIT", "an AVR file"),
+    (0, b"PVF1", "a PVF file"),
+    (0, b" paf", "a PARIS file"),
+    (0, b"fap ", "a PARIS file"),
+    (0, b"Extended Instrument:", "a FastTracker instrument"),
+    (0, b"MATLAB 5.0", "a MATLAB file"),
+    (0, b"\x64\xa3", "an IRCAM file"),
+    (0, b"ALawSoundFile**", "a Psion file"),
+    (0, b"\xf0\x7e", "a MIDI sample dump"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (0, b"7z\xbc\xaf", "a 7z archive"),
+    (0, b"%PDF", "a PDF file"),
+    (0, b"\x89PNG", "a picture"),
+    (0, b"\xff\xd8\xff", "a picture"),
+    (0, b"GIF8", "a picture"),
+    (0, b"GGUF", "a GGUF file, not audio"),
 )
-_STATED_SIZE = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_OGG_HEADER_BYTES = 27
-_OGG_FIRST = 2  # flag of the first page of a recording
 
 
-def foreign_kind(head: bytes) -> str | None:
-    """What a file that begins with `head` is, where it is a known kind that needs conversion; else None."""
-    if _is_text(head):
-        return "text, not audio"
-    return next((kind for at, magic, kind in _FOREIGN_KINDS if head.startswith(magic, at)), None)
+def find_parts(data: AudioBytes, max_seconds: float | None = None) -> tuple[list[Part], str | None]:
+    """All recordings of a file, one after another, and what to warn of when something stands behind them.
 
-
-def stated_ratio(log: str) -> float:
-    """Bytes that a header states over bytes that are there, from libsndfile's log; 1.0 where none is missing.
-
-    A program that writes into a pipe cannot know the size and states about the largest one: nothing is missing then.
+    Raises AudioError for what is foreign, damaged or cut off within a header.
     """
-    found = _STATED_SIZE.search(log)
-    if not found:
-        return 1.0
-    stated, present = int(found[1]), int(found[2])
-    unknown = any(limit - 0x1000 <= stated <= limit for limit in (1 << 31, 1 << 32, 1 << 63, 1 << 64))
-    return 1.0 if unknown or present == 0 else max(1.0, stated / present)
+    at, parts = skip_tags(data, 0), []
+    while not parts or file_starts(data, at):
+        found = _parts_at(data, at, max_seconds)
+        if len(parts) + len(found) > _MOST_PARTS:
+            raise AudioError(f"{data.name}: holds over {_MOST_PARTS} recordings; {CONVERT}")
+        parts += found
+        at = skip_tags(data, max(at + 1, found[-1].end))
+    n_left = data.size - at
+    if n_left < 128 or data.cut or data.is_blank(at, data.size):
+        return parts, None
+    return parts, f"{n_left} bytes behind its sound are of no known kind and left out"
 
 
-def ogg_fault(data: bytes) -> str | None:
-    """Why an Ogg file would not be heard to its end, else None."""
-    pos, in_audio = 0, False
-    while data.startswith(b"OggS", pos):
-        body = pos + _OGG_HEADER_BYTES
-        if body > len(data) or body + data[body - 1] > len(data):
-            return "is cut off"
-        first = bool(data[pos + 5] & _OGG_FIRST)
-        if first and in_audio:
-            return "holds several recordings one after another, of which only the first can be read"
-        in_audio = not first
-        segments = data[body : body + data[body - 1]]
-        pos = body + len(segments) + sum(segments)
-    return "is cut off" if pos > len(data) else None
+def _parts_at(data: AudioBytes, at: int, max_seconds: float | None) -> list[Part]:
+    head = data.read(at, _HEAD_BYTES)
+    if file_starts(data, at):
+        reader = next(reader for magic, reader in _READERS if head.startswith(magic))
+        return reader(data, at)
+    if kind := next((kind for place, magic, kind in _FOREIGN_KINDS if head.startswith(magic, place)), None):
+        raise AudioError(f"{data.name}: is {kind}, which cannot be read here; {CONVERT}")
+    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
+        raise AudioError(f"{data.name}: is an MPEG transport stream, which cannot be read here; {CONVERT}")
+    if is_mpeg(data, at):
+        return mpeg_parts(data, at, max_seconds=max_seconds)
+    if is_text(head):
+        raise AudioError(f"{data.name}: is text, not audio; give a wav, flac, ogg or mp3 file")
+    raise AudioError(
+        f"{data.name}: is damaged or of an unknown kind; give a wav, flac, ogg or mp3, or raw samples as an array "
+        f"with their sample_rate, or {CONVERT}"
+    )
 
 
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head[:-3].decode() if len(head) > 3 else head.decode()  # the last character may be cut
-    except UnicodeDecodeError:
-        return False
-    return all(char.isprintable() or char.isspace() for char in text)
+def most_bytes(name: str, head: bytes, max_seconds: float | None) -> int | None:
+    """How many bytes of a stream that begins with `head` hold `max_seconds` of sound. Raises AudioError as above."""
+    parts, _ = find_parts(AudioBytes.of(name, head, cut=True), None)
+    return None if max_seconds is None else len(head) + int(1.02 * max_seconds * parts[0].bytes_per_second)

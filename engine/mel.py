@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decode import AudioError
+from .audio_bytes import AudioError
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT = 400  # samples in a window, 25 ms

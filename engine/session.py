@@ -181,9 +181,10 @@ class Model:
         """Reads clips and takes their spectrograms."""
         clips = [] if audio is None else list(audio) if isinstance(audio, (list, tuple)) else [audio]
         tables = [self._table("audio.mel_filters"), self._table("audio.mel_window")]
-        mels, n_samples = [], 0
+        # a minute more than the context can hold: what nearly fits is counted in tokens
+        longest, mels, n_samples = 60 + 60 * self.n_ctx / clip_tokens(self.config.encoder, 6000), [], 0
         for clip in clips:
-            samples = load_audio(clip, sample_rate)
+            samples = load_audio(clip, sample_rate, longest - n_samples / SAMPLE_RATE)
             mels.append(log_mel(samples, *tables))
             n_samples += len(samples)
         return Heard(mels, n_samples / SAMPLE_RATE)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
@@ -119,10 +119,10 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
     return 0
 
 
-def _read_stdin() -> bytes:
+def _read_stdin() -> BinaryIO:
     if sys.stdin is None:
         raise AudioError("stdin is closed; name a file instead of -")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer
 
 
 def _stream(model: Model, sources: list[Any], prompt: str, settings: AnswerSettings) -> Result:

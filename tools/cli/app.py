@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ...convert.checkpoint import ConversionError
-from ...engine.audio import AudioError
+from ...engine.audio import AudioError, LengthError
 from ...engine.gguf import GGUFError
 from ...engine.models.config import ModelError
 from ...engine.outputs import OutputError
@@ -43,6 +43,7 @@ STATUSES: tuple[tuple[type[AuricleError], int], ...] = (
     (GGUFError, 3),
     (ModelError, 3),
     (TokenizerError, 3),
+    (LengthError, 5),
     (AudioError, 4),
     (ContextError, 5),
     (ConversionError, 6),

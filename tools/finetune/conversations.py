@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from ...engine.audio import AudioError, load_audio
-from ...engine.decode import UNKNOWN_LENGTH
+from ...engine.codec import UNKNOWN_LENGTH
 from ...engine.mel import HOP, SAMPLE_RATE, log_mel
 from ..conversations import Conversation, ConversationError, Turn, read_conversations
 from .batches import Batch, Codec, Row, collate
