@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +19,7 @@ from ...engine.audio import AudioError
 from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
 from ...kernels.errors import AuricleError
-from .app import app, complain
+from .app import CUT_OFF, app, complain
 from .options import AnswerSettings, TranscribeSettings, model_in_the_box, with_settings
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aiff"}
@@ -88,7 +91,8 @@ def split_question(words: list[str], prompt: str | None) -> tuple[list[str], str
 
 
 def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSettings) -> int:
-    """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too."""
+    """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too; so is an answer
+    that was cut off."""
     named = {"model": str(settings.model), "file": files[0] if len(files) == 1 else files or None}
     try:
         sources = [_read_stdin() if file == "-" else file for file in files]
@@ -99,7 +103,11 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
         return complain(error)
     if settings.as_json:
         print(json.dumps({**named, **result.to_dict()}), flush=True)
-    elif sys.stderr.isatty():
+    if result.finish_reason == "length":
+        about = f"{', '.join(files)}: " if files else ""
+        print(f"auricle: {about}{describe_cut(result, model.n_ctx)}", file=sys.stderr)
+        return CUT_OFF
+    if not settings.as_json and sys.stderr.isatty():
         t = result.timings
         print(
             f"{result.audio_seconds:.1f} s of audio, first text after {t.first_token_s:.2f} s, "
@@ -107,6 +115,17 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
             file=sys.stderr,
         )
     return 0
+
+
+def describe_cut(result: Result, n_ctx: int) -> str:
+    """What ended an answer of the reason "length", and the remedy."""
+    n = len(result.token_ids)
+    if result.prompt_tokens + n >= n_ctx:
+        return (
+            f"the answer was cut off after {n:,} tokens: the context of {n_ctx:,} is full; "
+            "use a shorter recording, or a larger --ctx if the model has one"
+        )
+    return f"the answer was cut off after {n:,} tokens; --max-new-tokens allows more"
 
 
 def _read_stdin() -> bytes:
@@ -120,12 +139,18 @@ def _stream(model: Model, sources: list[Any], prompt: str, settings: AnswerSetti
     from rich.console import Console
 
     console, show = Console(stderr=True), not settings.as_json
-    with console.status("listening …") if sys.stderr.isatty() else _Quiet() as status:
-        stream = model.stream(prompt, sources or None, **settings.generation())
-        for piece in stream:
-            if show:
-                status.stop()
-                print(piece, end="", flush=True)
+    with console.status("listening …") if sys.stderr.isatty() else _Quiet() as status, _compiling(status):
+        stream, begun = model.stream(prompt, sources or None, **settings.generation()), False
+        try:
+            for piece in stream:
+                if show:
+                    status.stop()
+                    print(piece, end="", flush=True)
+                    begun = True
+        except AuricleError:
+            if begun:  # what went wrong has a line of its own
+                print(flush=True)
+            raise
     if show:
         print(flush=True)
     return stream.result
@@ -142,3 +167,33 @@ class _Quiet:
 
     def stop(self) -> None:
         pass
+
+
+@contextmanager
+def _compiling(status: Any) -> Iterator[None]:
+    """Kernels that are compiled show in the status line, as a count; where there is none, as the lines they are. All
+    are compiled before the first text."""
+    if isinstance(status, _Quiet):
+        yield
+        return
+    log, counter = logging.getLogger("auricle.kernels"), _Counter(status)
+    log.addFilter(counter)
+    try:
+        yield
+    finally:
+        log.removeFilter(counter)
+
+
+class _Counter(logging.Filter):
+    """Takes the lines about compiling, and counts them in a status line."""
+
+    def __init__(self, status: Any) -> None:
+        super().__init__()
+        self._status, self._n = status, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("compiling "):
+            return True
+        self._n += 1
+        self._status.update(f"compiling kernels, once for this machine: {self._n} …")
+        return False
