@@ -140,7 +140,7 @@ def test_extreme_temperatures_and_logits():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("scores", [logits(1, np.nan, 2), logits(np.inf, 0), logits(-np.inf, -np.inf)])
 def test_the_highest_logit_must_be_a_number(temperature, scores):
-    with pytest.raises(NonFiniteError, match="is (nan|-?inf)"):
+    with pytest.raises(NonFiniteError, match=r"is (nan|-?inf)"):
         Sampler(SamplingOptions(temperature=temperature)).sample(scores, [])
 
 

@@ -1,4 +1,4 @@
-"""One model and many askers: threads, generators that take turns, a close in between, forks, and a file that shrinks."""
+"""One model and many askers: threads, answers in turn, a close in between, forks, and a file that shrinks."""
 
 from __future__ import annotations
 

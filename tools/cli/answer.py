@@ -52,7 +52,8 @@ def transcribe(
         settings = dataclasses.replace(settings, model=model_in_the_box())
     with settings.open() as model:
         statuses = [_answer(model, [file], question, settings) for file in files]
-    raise typer.Exit(next((status for status in statuses if status), 0))
+    failures = [status for status in statuses if status not in (0, CUT_OFF)]
+    raise typer.Exit(failures[0] if failures else max(statuses))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 Exit statuses: 0 done; 1 a defect of ours (with a traceback), or a reader that left; 2 wrong usage or an option out of
 range; 3 the model file cannot be opened or run; 4 audio cannot be read; 5 the request does not fit the context; 6
 conversion failed; 7 the sides of a diff differ; 8 an answer was cut off, by its limit of tokens or the end of the
-context; 130 interrupted. Of several files all are tried, and the status is the first failure's.
+context; 130 interrupted. Of several files all are tried, and the status is the first failure's; 8 comes after those.
 """
 
 from __future__ import annotations
