@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -24,15 +25,14 @@ def run() -> None:
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows another
         sys.stdout.reconfigure(errors="replace")
+    atexit.register(_at_interrupt, _leave)  # the interpreter takes everything down
+    _at_interrupt(signal.default_int_handler)
     try:
-        _at_interrupt(signal.default_int_handler)
         app()
     except AuricleError as error:
         sys.exit(complain(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    finally:
-        _at_interrupt(_leave)  # while the interpreter takes everything down
 
 
 def _at_interrupt(handler: Handler) -> None:
