@@ -5,7 +5,8 @@ Knows text, think blocks, stop strings and time stamps. Does not know where toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,16 @@ from .sampling import OptionError, SamplingOptions
 from .segments import Segment, SegmentParser
 from .text import StopStrings, TextStream, ThinkSplitter
 from .tokenizer import Tokenizer
+
+# How long an answer may get where nobody says it. English speech is 2.5 to 3.5 tokens a second in Qwen's vocabulary; a
+# sentence of four seconds with its two times adds as much again, [12.34] being 7 tokens: a third is left to spare.
+FEWEST_NEW_TOKENS = 1024
+NEW_TOKENS_PER_SECOND = 10
+
+
+def default_new_tokens(audio_seconds: float) -> int:
+    """`max_new_tokens` for so much audio."""
+    return FEWEST_NEW_TOKENS + math.ceil(NEW_TOKENS_PER_SECOND * audio_seconds)
 
 
 def check_whole(name: str, value: Any) -> None:
@@ -23,22 +34,32 @@ def check_whole(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class GenerateOptions(SamplingOptions):
-    """Sampling, and when to stop. `stop`: strings that end the answer and are not part of it. `time_markers`: None
-    takes what the model file says."""
+    """Sampling, and when to stop. `max_new_tokens`: None takes `default_new_tokens`. `stop`: strings that end the
+    answer and are not part of it. `time_markers`: None takes what the model file says. `parse_special`: control tokens
+    written in the question are obeyed, see `build_prompt`."""
 
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     time_markers: bool | None = None
+    parse_special: bool = False
 
     def __post_init__(self) -> None:
         SamplingOptions.__post_init__(self)
-        check_whole("max_new_tokens", self.max_new_tokens)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if self.max_new_tokens is not None:
+            check_whole("max_new_tokens", self.max_new_tokens)
+        given = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        stop = tuple(given) if isinstance(given, Iterable) else ("",)
         if any(not isinstance(s, str) or not s for s in stop):
             raise OptionError(f"stop is {self.stop!r}; it must be texts of at least one character")
         object.__setattr__(self, "stop", stop)
         if self.time_markers not in (True, False, None):
             raise OptionError(f"time_markers is {self.time_markers!r}; it must be True, False or None")
+        if self.parse_special not in (True, False):
+            raise OptionError(f"parse_special is {self.parse_special!r}; it must be True or False")
+
+    def limit(self, audio_seconds: float) -> int:
+        """Tokens at most, about so much audio."""
+        return default_new_tokens(audio_seconds) if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +79,8 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class Result:
     """One answer. `text` has neither the think block (`reasoning`) nor the stop string; `token_ids` are all generated
-    ids (those of a stop string too) but a stop token; `finish_reason` is "stop" or "length"."""
+    ids (those of a stop string too) but a stop token; `finish_reason` is "stop", or "length" for an answer that was cut
+    off by `max_new_tokens` or by the end of the context."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -171,6 +171,16 @@ class GGUFFile:
         if n_bytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, n_bytes)
 
+    def check_size(self) -> None:
+        """Raises GGUFError where the file on disk is shorter than it was when it was opened: to read what it lacks now
+        ends the process with SIGBUS, and the rest of the last page reads as zeros."""
+        assert self._map is not None, f"{self.path} is closed"
+        size = self._map.size()  # of the file that was opened, whatever its name stands for now
+        if size < len(self._map):
+            raise GGUFError(
+                f"{self.path} was cut from {len(self._map):,} to {size:,} bytes while it was in use; fetch it again"
+            )
+
     def close(self) -> None:
         """Let go of the map. Views handed out before stay valid: the last of them to die unmaps the file."""
         data, self._map = self._map, None

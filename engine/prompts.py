@@ -17,7 +17,9 @@ from .tokenizer import Tokenizer
 TOKENS_PER_MARKER = 25  # 12.5 audio tokens a second, a marker every 2 seconds
 SECONDS_PER_MARKER = 2
 
-SPAN = "<|audio_bos|><|AUDIO|><|audio_eos|>"  # stands for a clip in a text; never tokenised
+OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+CLOSING = "<|im_end|>\n<|im_start|>assistant\n"
+# Stands for a clip in a text; never tokenised.
 _SPAN_PATTERN = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
 
 # The wording the authors themselves give: other words work, these are what they evaluate with.
@@ -52,6 +54,9 @@ TASKS: dict[str, str] = {
 }
 
 
+Piece = tuple[str, bool]  # some text, and whether control tokens are recognised in it
+
+
 class PromptError(AuricleError):
     """A prompt cannot be built from what was given."""
 
@@ -74,40 +79,55 @@ class Prompt:
 
 
 def build_prompt(
-    tokenizer: Tokenizer, special: SpecialIds, text: str, clip_tokens: Sequence[int], time_markers: bool
+    tokenizer: Tokenizer,
+    special: SpecialIds,
+    text: str,
+    clip_tokens: Sequence[int],
+    time_markers: bool,
+    *,
+    parse_special: bool = False,
 ) -> Prompt:
-    """The default prompt around `text`, one span line a clip; a `text` that holds spans itself is the whole prompt.
+    """The default prompt around `text`, one span line a clip.
 
+    `text` may come from anybody: what is written like a control token in it is text, unless `parse_special`. With that,
+    as in the authors' code, control tokens are obeyed, and a `text` that holds spans itself is the whole prompt.
     `clip_tokens`: audio tokens of each clip, in order. The text before the first span, between spans and after the last
-    one is tokenised in one call each, since BPE is not compositional. Raises PromptError when spans and clips disagree.
+    one is tokenised in one call each, since BPE is not compositional. Raises PromptError for what is no text, and when
+    spans and clips disagree.
     """
-    parts = _SPAN_PATTERN.split(text)
-    if len(parts) == 1:
-        parts = _SPAN_PATTERN.split(default_prompt(text, len(clip_tokens)))
+    if not isinstance(text, str):
+        raise PromptError(f"the prompt is of type {type(text).__name__}; it must be a text (str)")
+    parts = default_parts(text, len(clip_tokens), parse_special)
+    if parse_special and _SPAN_PATTERN.search(text):
+        parts = [[(part, True)] for part in _SPAN_PATTERN.split(text)]
     if len(parts) - 1 != len(clip_tokens):
         raise PromptError(
             f"the prompt has {len(parts) - 1} audio spans for {len(clip_tokens)} clips; give one span a clip"
         )
     digits = digit_ids(tokenizer) if time_markers and clip_tokens else None
-    ids = tokenizer.encode(parts[0])
+    ids = tokenizer.encode_parts(parts[0])
     slots: list[int] = []  # positions of the audio slots
     for n_tokens, part in zip(clip_tokens, parts[1:], strict=True):
         span = audio_span(n_tokens, special, digits)
         slots += [len(ids) + at for at, token_id in enumerate(span[1:-1], 1) if token_id == special.audio]
-        ids += span + tokenizer.encode(part)
+        ids += span + tokenizer.encode_parts(part)
     audio_rows = np.full(len(ids), -1, np.int32)
     audio_rows[slots] = np.arange(len(slots), dtype=np.int32)
     return Prompt(np.array(ids, np.int32), audio_rows)
 
 
-def default_prompt(text: str, n_clips: int) -> str:
-    """The conversation the authors' processor writes around a question, with a span line for each clip."""
-    spans = f"{SPAN}\n" * n_clips
-    return (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{spans}{text}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+def default_parts(text: str, n_clips: int, parse_special: bool) -> list[list[Piece]]:
+    """The conversation the authors' processor writes around a question: what is before the first of `n_clips` spans,
+    between them, and after the last one."""
+    question: list[Piece] = [(text, parse_special), (CLOSING, True)]
+    if n_clips == 0:
+        return [[(OPENING, True), *question]]
+    return [[(OPENING, True)], *([("\n", True)] for _ in range(n_clips - 1)), [("\n", True), *question]]
+
+
+def default_prompt(text: str) -> str:
+    """That conversation as one text, without clips."""
+    return f"{OPENING}{text}{CLOSING}"
 
 
 def audio_span(n_tokens: int, special: SpecialIds, digits: Sequence[int] | None) -> list[int]:

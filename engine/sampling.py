@@ -19,6 +19,10 @@ class OptionError(AuricleError):
     """An option has a value outside its range."""
 
 
+class NonFiniteError(AuricleError):
+    """A logit that decides is NaN or infinite."""
+
+
 class Kind(NamedTuple):
     """Which parts of the choice are taken: a draw, or else the likeliest; the penalty; top-k and top-p of a draw."""
 
@@ -69,7 +73,8 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
 
     def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
-        """The next id. `logits`: float32 [n_vocab]; `history`: the ids that the repetition penalty looks at."""
+        """The next id. `logits`: float32 [n_vocab]; `history`: the ids that the repetition penalty looks at. Raises
+        NonFiniteError where the highest logit is no number."""
         if self.options.temperature == 0:
             return _likeliest(penalise(logits, history, self.options.repetition_penalty))
         ids, probabilities = self.distribution(logits, history)
@@ -116,7 +121,8 @@ def penalise(logits: np.ndarray, history: Sequence[int], penalty: float) -> np.n
 
 def _likeliest(scores: np.ndarray) -> int:
     best = int(np.argmax(scores))  # the lowest id of equals, and a NaN wherever there is one
-    assert np.isfinite(scores[best]), f"logit {best} is {scores[best]}"
+    if not np.isfinite(scores[best]):
+        raise NonFiniteError(f"logit {best} is {scores[best]}")
     return best
 
 

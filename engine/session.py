@@ -1,7 +1,7 @@
 """A model as people use it: audio and a question in, text out, piece by piece.
 
 `load` gives a `Model`; `Model.stream` gives the text as it is made, `Model.generate` the whole result.
-Knows no terminal and no network. One request at a time a model.
+Knows no terminal and no network. A model works on one answer at a time; whose turn it is, `turns.py` says.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import chain, pairwise
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from ..kernels.errors import AuricleError
-from .answer import Answer, GenerateOptions, Result, Timings, check_whole
+from .answer import GenerateOptions, Result, check_whole
 from .audio import SAMPLE_RATE, load_audio
 from .backends import find_backend
+from .finite import blame
 from .gguf import GGUFFile, open_gguf
 from .kv_cache import KV_FORMATS, find_kv_format
 from .lora import LoraSpec, attach_loras
 from .mel import log_mel
 from .models.config import ModelError
-from .models.moss_audio import TIME_MARKERS_DEFAULT, MossAudioConfig, clip_tokens, read_moss_audio
+from .models.moss_audio import MossAudioConfig, assumed_keys, clip_tokens, read_moss_audio
 from .prompts import TASKS, Prompt, SpecialIds, build_prompt
-from .sampling import OptionError, Sampler
+from .sampling import NonFiniteError, OptionError
+from .stream import Heard, Stream
 from .tokenizer import Tokenizer
+from .turns import Turn, TurnError, Turns, check_process
 
 if TYPE_CHECKING:
     from ..kernels.formats import Format
@@ -47,18 +51,6 @@ AudioSource = str | os.PathLike | bytes | BinaryIO | np.ndarray
 
 class ContextError(AuricleError):
     """A request that does not fit into the context, or a context that does not fit into memory."""
-
-
-class TurnError(AuricleError):
-    """A request to a model that is closed or that has gone on to another one."""
-
-
-@dataclass(frozen=True)
-class Heard:
-    """Audio that has been read: a spectrogram [n_mels, n_frames] a clip."""
-
-    mels: list[np.ndarray]
-    seconds: float
 
 
 class Model:
@@ -89,12 +81,15 @@ class Model:
         self.kv_format = find_kv_format(wanted, self.config.decoder.head_dim)
         self._kv_formats, self._encoder, self._memory = self._possible_formats(kv_type), "kept", memory
         self.n_ctx = check_context(n_ctx, self.config.decoder.max_position_embeddings)
+        self.assumed = assumed_keys(file.metadata)
         key = "moss_audio.time_markers"
-        self.time_markers = file.require(key, bool) if key in file.metadata else TIME_MARKERS_DEFAULT
+        self.time_markers: bool = self.assumed[key] if key in self.assumed else file.require(key, bool)
+        if self.assumed:
+            tell_assumed(str(file.path), ", ".join(f"{key} = {value}" for key, value in self.assumed.items()))
         self._poison = poison
         self._runtime: Runtime | None = None
-        self._turn = 0
-        self._closed = False
+        self.stepped = False  # whether this runtime has decoded
+        self._turns = Turns()
 
     def __enter__(self) -> Model:
         return self
@@ -103,14 +98,14 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Gives the memory back; the model cannot be used afterwards."""
+        """Gives the memory back; the model cannot be used afterwards. Waits for a piece of work in another thread,
+        whose answer then ends with TurnError."""
+        self._turns.close()
         self._drop_runtime()
-        self._turn += 1
-        self._closed = True
         self.file.close()
 
     def _drop_runtime(self) -> None:
-        self._runtime = None
+        self._runtime, self.stepped = None, False
         if self.backend.device.separate:
             gc.collect()  # an answer that was not read to its end holds on to what it was made with
             self.backend.device.release()
@@ -142,26 +137,29 @@ class Model:
 
         `audio`: a path, bytes, a binary file or an array (with its `sample_rate`), or a list of these.
         `options`: the fields of `GenerateOptions`. Raises AudioError, OptionError or ContextError before any work.
+
+        The model works on the answer from its first piece to its last. What another thread asks waits for that; what
+        the same thread asks ends it, see `Turns`.
         """
         known = {f.name for f in fields(GenerateOptions)}
         if unknown := sorted(options.keys() - known):
             raise OptionError(f"no option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         chosen = GenerateOptions(**options)
-        if self._closed:
+        if self._turns.closed:
             raise TurnError("the model is closed; load it again")
+        check_process()
         start = time.perf_counter()
         heard = self.listen(audio, sample_rate)
-        ids = self.build_prompt(prompt, heard, chosen.time_markers)
+        ids = self.build_prompt(prompt, heard, chosen.time_markers, chosen.parse_special)
         if len(ids.ids) >= self.n_ctx:
             raise ContextError(
                 f"the prompt is {len(ids.ids)} tokens and the context holds {self.n_ctx}; "
                 f"use shorter audio or a larger context (at most {self.config.decoder.max_position_embeddings} here)"
             )
+        n_new, fit = min(chosen.limit(heard.seconds), self.n_ctx - len(ids.ids)), None
         if self._memory is not None:
-            frames = tuple(mel.shape[1] for mel in heard.mels)
-            self._adopt(self._fit(frames, ids.ids, chosen.max_new_tokens))
-        self._turn += 1
-        return Stream(self, heard, ids, chosen, time.perf_counter() - start)
+            fit = self._fit(tuple(mel.shape[1] for mel in heard.mels), ids.ids, n_new)
+        return Stream(self, heard, ids, chosen, n_new, fit, time.perf_counter() - start)
 
     def generate(
         self,
@@ -194,10 +192,13 @@ class Model:
         info = self.file.tensors.get(name)
         return None if info is None else self.file.data(name).view("<f4").reshape(info.shape)
 
-    def build_prompt(self, text: str, heard: Heard, time_markers: bool | None = None) -> Prompt:
+    def build_prompt(
+        self, text: str, heard: Heard, time_markers: bool | None = None, parse_special: bool = False
+    ) -> Prompt:
+        """The prompt around a question; see `prompts.build_prompt`."""
         markers = self.time_markers if time_markers is None else time_markers
         counts = [clip_tokens(self.config.encoder, mel.shape[1]) for mel in heard.mels]
-        return build_prompt(self.tokenizer, self.special, text, counts, markers)
+        return build_prompt(self.tokenizer, self.special, text, counts, markers, parse_special=parse_special)
 
     def _token_id(self, key: str) -> int:
         """The token that the file names under `key`, which must be one."""
@@ -214,10 +215,10 @@ class Model:
         return frozenset(i for i in (*named, *keyed) if i is not None)
 
     def plan(
-        self, clip_seconds: Sequence[float], prompt: str = TASKS["transcribe"], max_new_tokens: int = 1024
+        self, clip_seconds: Sequence[float], prompt: str = TASKS["transcribe"], max_new_tokens: int | None = None
     ) -> MemoryPlan:
         """What a request would take in memory; nothing runs. Raises ContextError when it would not fit the context."""
-        check_whole("max_new_tokens", max_new_tokens)
+        options = GenerateOptions(max_new_tokens=max_new_tokens)
         for seconds in clip_seconds:
             if not 0.01 <= seconds <= MAX_CLIP_SECONDS:
                 raise OptionError(f"a clip of {seconds:g} s; it must be from 0.01 to {MAX_CLIP_SECONDS} s")
@@ -229,7 +230,7 @@ class Model:
             raise ContextError(
                 f"the prompt would be {n_prompt} tokens and the context holds {self.n_ctx}; use shorter audio"
             )
-        return self._fit(frames, ids, max_new_tokens).plan
+        return self._fit(frames, ids, min(options.limit(silent.seconds), self.n_ctx - n_prompt)).plan
 
     def _possible_formats(self, kv_type: str | None) -> list[Format]:
         """Of the cache: the one that was asked for, or the backend's and a smaller one to fall back on."""
@@ -237,19 +238,19 @@ class Model:
         free = kv_type is None and self.config.decoder.head_dim % small.length == 0
         return [self.kv_format, small] if free and self.kv_format is not small else [self.kv_format]
 
-    def _fit(self, clip_frames: tuple[int, ...], ids: np.ndarray, max_new_tokens: int) -> Fit:
+    def _fit(self, clip_frames: tuple[int, ...], ids: np.ndarray, n_new: int) -> Fit:
         """How a request is run. Raises ContextError when there is a budget and no way to keep it."""
         from .memory import Request, find_fit, process_bytes
 
-        n_new = min(max_new_tokens, self.n_ctx - len(ids))
         request = Request(clip_frames, len(ids), len(np.unique(ids)), n_new)
         plain, budget = self._plain_backend, sys.maxsize
         if self._memory is not None:
             beside = plain.device.beside
-            budget = self._memory - (process_bytes(self.file, plain, self.kv_format) if beside is None else beside)
+            with plain.alone():
+                taken = process_bytes(self.file, plain, self.kv_format) if beside is None else beside
+            budget = self._memory - taken
         fit, first, least = find_fit(self.file, self.config, plain, self._kv_formats, request, budget)
         if fit is None:
-            taken = self._memory - budget
             need, small = (format_gib(f.plan.total + taken) for f in (first, least))
             raise ContextError(
                 f"--memory {format_gib(self._memory)} does not hold this request, which takes {need}, "
@@ -257,7 +258,29 @@ class Model:
             )
         return fit
 
-    def _adopt(self, fit: Fit) -> None:
+    @contextmanager
+    def at_work(self, turn: Turn) -> Iterator[None]:
+        """A piece of work for an answer, in its turn. Raises TurnError; GGUFError when the file was cut short
+        meanwhile; ModelError in place of NonFiniteError, with the weight at fault."""
+        with self._turns.work(turn), self.backend.alone():
+            self.file.check_size()
+            with self.blaming():
+                yield
+            self.file.check_size()  # the last page that is left may have been read as zeros
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Raises ModelError in place of NonFiniteError, with the weight at fault."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise blame(self.file, error) from error
+
+    def end(self, turn: Turn) -> None:
+        """An answer needs the model no more."""
+        self._turns.end(turn)
+
+    def adopt(self, fit: Fit) -> None:
         """Runs from now on as `fit` says; what was set up otherwise is thrown away."""
         chosen = (fit.backend, fit.kv_format, fit.encoder)
         if chosen != (self.backend, self.kv_format, self._encoder):
@@ -266,77 +289,10 @@ class Model:
             log.info("to stay within %s: %s", format_gib(self._memory), ", ".join(fit.changes) or "as usual")
 
 
-class Stream:
-    """An answer in the making: an iterator over pieces of text. `result` is there once it has ended."""
-
-    def __init__(self, model: Model, heard: Heard, prompt: Prompt, options: GenerateOptions, audio_s: float) -> None:
-        self._model, self._heard, self._prompt, self._options = model, heard, prompt, options
-        self._turn = model._turn
-        self._audio_s = audio_s
-        self._result: Result | None = None
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def result(self) -> Result:
-        assert self._result is not None, "the answer has not ended; iterate to its end first"
-        return self._result
-
-    def _check_turn(self) -> None:
-        if self._turn != self._model._turn:
-            raise TurnError(
-                "this answer is over: the model was closed or asked again; read it to its end first, or open two models"
-            )
-
-    def _run(self) -> Iterator[str]:
-        self._check_turn()
-        answer = Answer(self._model.tokenizer, self._options.stop, self._heard.seconds)
-        clock = [time.perf_counter()]
-        rows = self._model.runtime.encode(self._heard.mels) if self._heard.mels else []
-        clock.append(time.perf_counter())
-        logits = self._model.runtime.prefill(self._prompt, rows, self._n_new(), self._options.kind)
-        del rows
-        clock.append(time.perf_counter())
-        finish_reason = "length"
-        for token in self._tokens(logits):
-            if token is None:
-                finish_reason = "stop"
-                break
-            yield from filter(None, [answer.push(token)])
-            if answer.stopped:
-                finish_reason = "stop"
-                break
-        yield from filter(None, [answer.close()])
-        clock.append(time.perf_counter())
-        steps = [b - a for a, b in pairwise(clock)]
-        self._result = Result(
-            text=answer.text,
-            token_ids=tuple(answer.token_ids),
-            reasoning=answer.reasoning,
-            segments=tuple(answer.segments),
-            audio_seconds=self._heard.seconds,
-            prompt_tokens=len(self._prompt.ids),
-            finish_reason=finish_reason,
-            timings=Timings(self._audio_s, *steps),
-        )
-
-    def _n_new(self) -> int:
-        """Tokens at most: the budget, or what the context has room for."""
-        return min(self._options.max_new_tokens, self._model.n_ctx - len(self._prompt.ids))
-
-    def _tokens(self, logits: np.ndarray) -> Iterator[int | None]:
-        """Sampled ids until the budget or the context is used up; None for one that ends the answer."""
-        model, sampler, n_prompt = self._model, Sampler(self._options), len(self._prompt.ids)
-        first = sampler.sample(logits, ())
-        following = model.runtime.steps(first, n_prompt, self._n_new() - 1, sampler)
-        for token in chain([first], following):
-            yield None if token in model.stop_ids else token
-            self._check_turn()  # the caller may have asked for something else meanwhile
+@cache
+def tell_assumed(path: str, assumed: str) -> None:
+    """Once for a file."""
+    log.warning("%s does not say everything about its model; assumed is %s", path, assumed)
 
 
 def format_gib(n: int) -> str:

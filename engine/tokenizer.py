@@ -99,14 +99,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised, none is added. Raises TokenizerError."""
-        _check_unicode(text)
+        return self.encode_parts([(text, True)])
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of a text in parts, each with whether it may hold special tokens. In one that may not, what is
+        written like a control token is text as any other; what the vocabulary calls user-defined stays a token."""
         ids: list[int] = []
-        for fragment, special in self._fragments(text):
-            if special is not None:
-                ids.append(special)
-            elif fragment:
-                ids.extend(self._codec.encode(fragment))
-        return ids
+        plain = ""  # goes on across parts, since BPE is not compositional
+        for text, parse_special in parts:
+            _check_unicode(text)
+            for fragment, special in self._fragments(text, parse_special):
+                if special is None:
+                    plain += fragment
+                    continue
+                ids += [*(self._codec.encode(plain) if plain else ()), special]
+                plain = ""
+        return [*ids, *(self._codec.encode(plain) if plain else ())]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of `ids`: U+FFFD for bytes that are no UTF-8; nothing for fillers, nor for specials unless asked for."""
@@ -124,24 +132,29 @@ class Tokenizer:
         """The id of a token as it is written in the vocabulary (`<think>`, `Ġthe`), None when there is none."""
         return self._vocabulary.index.get(token)
 
-    @cached_property
-    def _recognised(self) -> dict[str, int]:
-        types = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+    def _find_recognised(self, *types: TokenType) -> tuple[dict[str, int], re.Pattern[str] | None]:
+        """Tokens of these types that a text can hold, and a pattern that finds them."""
         ids = (i for i in self._vocabulary.of_type(*types) if i not in self._placeholders)
         tokens = ((self._vocabulary.tokens[i], i) for i in ids)
-        return {token: i for token, i in tokens if token and SPACE_MARK not in token}
+        recognised = {token: i for token, i in tokens if token and SPACE_MARK not in token}
+        longest_first = sorted(recognised, key=len, reverse=True)
+        return recognised, re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        longest_first = sorted(self._recognised, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    def _special(self) -> tuple[dict[str, int], re.Pattern[str] | None]:
+        return self._find_recognised(TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
-    def _fragments(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """Cut `text` at the special tokens: (plain text, None) or (special token, its id)."""
+    @cached_property
+    def _user_defined(self) -> tuple[dict[str, int], re.Pattern[str] | None]:
+        return self._find_recognised(TokenType.USER_DEFINED)
+
+    def _fragments(self, text: str, parse_special: bool) -> Iterator[tuple[str, int | None]]:
+        """Cut `text` at the tokens that are recognised in it: (plain text, None) or (token, its id)."""
+        recognised, pattern = self._special if parse_special else self._user_defined
         cursor = 0
-        for match in self._special_pattern.finditer(text) if self._special_pattern else ():
+        for match in pattern.finditer(text) if pattern else ():
             yield text[cursor : match.start()], None
-            yield match[0], self._recognised[match[0]]
+            yield match[0], recognised[match[0]]
             cursor = match.end()
         yield text[cursor:], None
 

@@ -18,7 +18,9 @@ from auricle.tools.cli.answer import split_question
 from auricle.tools.cli.options import format_bytes, parse_duration
 from auricle.tools.sample import SampleShape, write_checkpoint
 from sounds import JFK, encode, synthetic
+from support import ROOT
 
+GEORGE = ROOT / "tools/demo/george.flac"
 SHAPE = SampleShape(
     n_layer=2, enc_n_layer=3, taps=(0, 1), n_inject=2, enc_d_model=256, enc_d_out=256, d_adapter=256
 )  # fmt: skip
@@ -46,9 +48,25 @@ def test_transcribe_prints_text_and_nothing_else_on_stdout(folder: Path) -> None
     done = auricle("transcribe", JFK, "-m", model, "--max-new-tokens", 12)
     with load(model) as opened:
         want = opened.generate(audio=JFK, max_new_tokens=12)
-    assert done.returncode == 0
     assert done.stdout.decode() == want.text + "\n"
-    assert done.stderr == b""
+    line = f"auricle: {JFK}: the answer was cut off after 12 tokens; --max-new-tokens allows more\n"
+    assert (done.returncode, done.stderr.decode()) == (8, line)
+
+
+def test_an_answer_that_ends_by_itself_is_all_there_is_to_say() -> None:
+    done = auricle("transcribe", GEORGE, "-m", "demo")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\n") == 1
+
+
+def test_a_full_context_is_said(folder: Path) -> None:
+    model = folder / "model.gguf"
+    with load(model) as opened:
+        n_ctx = len(opened.build_prompt("What?", opened.listen(JFK)).ids) + 3
+    done = auricle("ask", JFK, "What?", "-m", model, "--ctx", n_ctx, "--json")
+    assert done.returncode == 9
+    assert json.loads(done.stdout)["finish_reason"] == "length"
+    assert f"cut off after 3 tokens: the context of {n_ctx} is full" in done.stderr.decode()
 
 
 def test_json_has_one_document_a_line_and_file(folder: Path) -> None:
@@ -80,7 +98,7 @@ def test_precisions_and_warmup(folder: Path) -> None:
     done = auricle("transcribe", JFK, "--precision", "exact", *asked)
     assert tuple(json.loads(done.stdout)["token_ids"]) == want
     for precision in ("auto", "bf16"):
-        assert auricle("transcribe", JFK, "--precision", precision, *asked).returncode == 0
+        assert len(json.loads(auricle("transcribe", JFK, "--precision", precision, *asked).stdout)["token_ids"]) == 8
 
 
 WITHOUT_NUMBA = """
@@ -96,7 +114,7 @@ def test_without_numba(folder: Path) -> None:
     asked = ("transcribe", JFK, JFK, "-m", folder / "model.gguf", "--max-new-tokens", 8, "--kv-type", "f32")
     command = [sys.executable, "-c", WITHOUT_NUMBA, *map(str, asked)]
     done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 9, done.stderr
     assert done.stderr.count(b"numba is not installed: everything runs in PyTorch") == 1
     assert done.stdout == auricle(*asked, "--precision", "exact").stdout
 
@@ -118,8 +136,9 @@ def test_one_bad_file_of_three_does_not_stop_the_others(folder: Path) -> None:
     done = auricle(*arguments)
     documents = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert ["error" in d for d in documents] == [False, True, False]
-    assert done.returncode == 4
-    assert done.stderr.decode().count("\n") == 1
+    assert done.returncode == 4  # which goes before the 8 of the others, that were cut off
+    lines = done.stderr.decode().splitlines()
+    assert ["cut off" in line for line in lines] == [True, False, True]
 
 
 def test_stdin_and_sampling_with_a_seed(folder: Path) -> None:
@@ -272,3 +291,21 @@ def test_an_interrupt_ends_with_130(folder: Path) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert b"Traceback" not in said
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":  # long before there is a command
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from auricle.tools.cli.main import run
+run()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+def test_an_interrupt_while_libraries_are_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

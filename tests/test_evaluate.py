@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +22,7 @@ from auricle.tools.evaluate.text import Spelling
 from auricle.tools.sample import SampleShape
 from checkpoints import copy_checkpoint
 from sounds import synthetic
-from test_cli_conversion import auricle, fail, succeed
+from test_cli_conversion import auricle, fail
 
 PLAIN = Spelling()
 
@@ -163,8 +164,16 @@ def evaluate(folder: Path, data: Path, *options: object) -> tuple[object, ...]:
     return ("evaluate", data, "-m", folder / "model.gguf", "--ctx", 300, "--max-new-tokens", 24, *options)
 
 
+def cut_off(*arguments: object) -> str:
+    """What a command prints on stdout that says that answers were cut off."""
+    done = auricle(*arguments)
+    assert done.returncode == 9, done.stderr
+    assert re.search(r"\d of \d answers were cut off; see --max-new-tokens", done.stderr)
+    return done.stdout
+
+
 def test_a_model_that_is_always_right(folder: Path) -> None:
-    facts = json.loads(succeed(*evaluate(folder, folder / "data.jsonl", "--json")).stdout)
+    facts = json.loads(cut_off(*evaluate(folder, folder / "data.jsonl", "--json")))
     assert facts["scores"].keys() == Scores.__dataclass_fields__.keys()
     assert facts["scores"]["exact"] == 1
     assert not facts["scores"]["wer"]
@@ -183,11 +192,11 @@ def test_a_model_that_is_not(folder: Path, tmp_path: Path) -> None:
     more = {"role": "user", "message_type": "text", "content": "And?"}
     lines[1]["conversation"] += [more, lines[1]["conversation"][-1]]
     data.write_text("\n".join(map(json.dumps, lines)))
-    done = succeed(*evaluate(folder, data))
-    assert "boundaries of words" in done.stdout
-    assert "1 later exchanges were not asked" in done.stdout
-    assert "no punctuation" in done.stdout
-    facts = json.loads(succeed(*evaluate(folder, data, "--json", "--limit", 1, "--keep-case")).stdout)
+    said = cut_off(*evaluate(folder, data))
+    assert "boundaries of words" in said
+    assert "1 later exchanges were not asked" in said
+    assert "no punctuation" in said
+    facts = json.loads(cut_off(*evaluate(folder, data, "--json", "--limit", 1, "--keep-case")))
     assert len(facts["rows"]) == 1
     assert facts["scores"]["n_words"] == 2
     assert facts["scores"]["wer"] >= 1

@@ -41,7 +41,7 @@ def test_words_of_prompts_and_answers_are_single_tokens(files: Path) -> None:
         assert len(encode(word)) == len(encode(f" {word}")) == 1
     assert len(encode("[0.12]four[0.55][0.60]two[1.07]")) == 6 + 1 + 6 + 6 + 1 + 6
     assert [len(encode(digit)) for digit in "0123456789"] == [1] * 10
-    assert len(encode(default_prompt(PROMPTS["transcribe"], 0))) < 24
+    assert len(encode(default_prompt(PROMPTS["transcribe"]))) < 24
     for text in (PROMPTS["timestamps"], "Grüße, 世界!\n"):
         assert decode(encode(text)) == text
 

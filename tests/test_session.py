@@ -12,7 +12,8 @@ from auricle.convert.hf import convert, plan_conversion
 from auricle.engine import AuricleError, Model, load
 from auricle.engine.gguf import Typed, boolean, f32, i32, open_gguf, string, strings, u32
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
-from auricle.engine.session import TurnError
+from auricle.engine.prompts import PromptError
+from auricle.engine.turns import TurnError
 from auricle.tools.sample import SampleShape, write_checkpoint
 from sounds import JFK, synthetic
 
@@ -48,16 +49,23 @@ def test_every_kind_of_source_gives_the_same(model: Model) -> None:
     assert {r.audio_seconds for r in results} == {11.0}
 
 
-def test_a_stream_that_lost_its_turn_disturbs_nobody(model: Model) -> None:
+def test_the_newest_answer_of_a_thread_has_the_turn(model: Model) -> None:
     want = model.generate("What?", SOUND, max_new_tokens=10).token_ids
-    stale = model.stream(audio=JFK, max_new_tokens=10)
-    stream = model.stream("What?", SOUND, max_new_tokens=10)
-    pieces = iter(stream)
-    next(pieces)
+    first, second = model.stream(audio=JFK, max_new_tokens=10), model.stream("What?", SOUND, max_new_tokens=10)
+    next(first)
+    next(second)
     with pytest.raises(TurnError, match="this answer is over"):
-        next(iter(stale))
-    list(pieces)
-    assert stream.result.token_ids == want
+        next(first)
+    list(second)
+    assert second.result.token_ids == want
+    with pytest.raises(TurnError, match="no result"):
+        _ = first.result
+
+
+def test_streams_wait_for_nothing_until_they_are_read(model: Model) -> None:
+    streams = [model.stream("What?", SOUND, max_new_tokens=10) for _ in range(2)]
+    assert len({"".join(stream) for stream in streams}) == 1
+    assert streams[0].result.token_ids == streams[1].result.token_ids
 
 
 def test_an_abandoned_stream_and_a_closed_model(path: Path) -> None:
@@ -110,7 +118,7 @@ BAD_OPTIONS = [
     {"max_new_tokens": 0}, {"max_new_tokens": "5"}, {"max_new_tokens": True}, {"temperature": "hot"},
     {"temperature": -1}, {"temperature": math.nan}, {"top_k": 2.5}, {"top_p": 0}, {"min_p": 2},
     {"repetition_penalty": 0}, {"seed": -1},
-    {"stop": [""]}, {"stop": [3]}, {"time_markers": "no"}, {"beam": 4},
+    {"stop": [""]}, {"stop": [3]}, {"stop": 3}, {"time_markers": "no"}, {"beam": 4}, {"parse_special": "no"},
 ]  # fmt: skip
 
 
@@ -119,6 +127,14 @@ def test_options_out_of_range(model: Model, options: dict) -> None:
     with pytest.raises(AuricleError) as caught:
         model.stream("What?", **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [None, b"What?", 5, ["What?"]], ids=str)
+def test_a_prompt_is_a_text(model: Model, prompt: object) -> None:
+    with pytest.raises(PromptError, match=f"of type {type(prompt).__name__}; it must be a text"):
+        model.stream(prompt)
+    with pytest.raises(PromptError, match="must be a text"):
+        model.plan([1.0], prompt)
 
 
 @pytest.mark.parametrize("settings", [{"n_ctx": 0}, {"n_ctx": 2.5}, {"n_ctx": True}, {"threads": "2"}, {"kv_type": ""}])

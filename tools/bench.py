@@ -117,7 +117,7 @@ def hear(model: Model, audio: AudioSource, sample_rate: int | None, n_new: int) 
 
 
 def run_round(model: Model, audio: AudioSource, sample_rate: int | None = None, n_new: int = N_NEW) -> Round:
-    """One request under the stopwatch; raises what `hear` raises."""
+    """One request under the stopwatch; raises what `hear` raises, and ModelError for weights that are no numbers."""
     start = time.perf_counter()
     heard, prompt = hear(model, audio, sample_rate, n_new)
     listened = time.perf_counter()
@@ -126,7 +126,8 @@ def run_round(model: Model, audio: AudioSource, sample_rate: int | None = None, 
     encoded = time.perf_counter()
     logits = model.runtime.prefill(prompt, rows, n_new)
     filled = time.perf_counter()
-    _, first, steps = decode_steps(model, logits, len(prompt.ids), n_new)
+    with model.blaming():
+        _, first, steps = decode_steps(model, logits, len(prompt.ids), n_new)
     return Round(
         mel_s=listened - start,
         encoder_s=encoded - listened,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.gguf import GGUFFile
-from ..engine.models.moss_audio import part_of
+from ..engine.models.moss_audio import assumed_keys, part_of
 
 SHOWN_ITEMS = 6  # of an array in the metadata
 
@@ -25,6 +25,7 @@ def describe_file(file: GGUFFile) -> dict[str, Any]:
         "version": file.version,
         "alignment": file.alignment,
         "metadata": {key: shorten(value) for key, value in file.metadata.items()},
+        "assumed": assumed_keys(file.metadata),
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.format.name, "offset": t.offset, "bytes": t.nbytes}
             for t in file.tensors.values()

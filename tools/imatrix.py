@@ -14,6 +14,7 @@ import torch
 from ..convert.importance import ColumnSums, ImportanceMatrix, merge
 from ..convert.source import ConversionError
 from ..engine import Model
+from ..engine.finite import check_logits
 from ..engine.prompts import TASKS, Prompt
 from ..engine.rewrite import observed_weights
 from ..engine.runtime import Runtime
@@ -36,7 +37,8 @@ def collect_importance(
 
     The prompt and up to `max_new_tokens` tokens of the answer count; of the head's input only the rows that choose
     a token, since it reads no others. `progress(done, total)` counts clips.
-    Raises AudioError, PromptError and ContextError, for any of the clips before the first one is run, and OptionError.
+    Raises AudioError, PromptError and ContextError, for any of the clips before the first one is run, and OptionError;
+    ModelError for weights that are NaN or infinite.
     """
     if max_new_tokens < 0:
         raise OptionError(f"max_new_tokens is {max_new_tokens}; it must not be negative")
@@ -48,7 +50,8 @@ def collect_importance(
     )
     for n, clip in enumerate(clips):
         heard, prompt = read_request(model, clip, text)
-        run_request(runtime, heard, prompt, max_new_tokens, model.stop_ids)
+        with model.blaming():
+            run_request(runtime, heard, prompt, max_new_tokens, model.stop_ids)
         if progress:
             progress(n + 1, len(clips))
     return ImportanceMatrix(merge(by_weight(sums)).sums, tuple(clips))
@@ -66,8 +69,10 @@ def read_request(model: Model, clip: str, text: str) -> tuple[Heard, Prompt]:
 
 
 def run_request(runtime: Runtime, heard: Heard, prompt: Prompt, max_new_tokens: int, stop_ids: frozenset[int]) -> None:
-    """Runs the prompt and then the likeliest tokens through the decoder, as far as the budget and the context reach."""
+    """Runs the prompt and then the likeliest tokens through the decoder, as far as the budget and the context reach.
+    Raises NonFiniteError for logits that are no numbers."""
     logits = runtime.prefill(prompt, runtime.encode(heard.mels))
+    check_logits(logits)
     first = len(prompt.ids)
     for position in range(first, min(first + max_new_tokens, runtime.n_ctx)):
         token = int(np.argmax(logits))

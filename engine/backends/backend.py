@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,8 @@ class Backend:
     """`kv_type`: how it keeps keys and values unless told otherwise. `window_batch`: encoder windows at a time;
     `prefill_chunk`: prompt tokens at a time, of which the last piece is padded to a multiple of `prefill_step`, so that
     few programs serve prompts of all lengths. `rounds`: names of the types whose activations it rounds to int8.
-    `device`: where the numbers are. `bind_steps`: see `cuda_steps.py`; None where tokens are drawn here, one by one."""
+    `device`: where the numbers are. `bind_steps`: see `cuda_steps.py`; None where tokens are drawn here, one by one.
+    `alone()`: held while kernels run, where two threads must not run any at once, whichever models they work for."""
 
     name: str
     kernels: Mapping[str, Kernel]
@@ -50,6 +52,7 @@ class Backend:
     rounds: frozenset[str] = frozenset()
     device: Device = field(default_factory=Device)
     bind_steps: Callable[..., Any] | None = None
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def padded(self, n_tokens: int) -> int:
         """Rows of the program for a piece of a prompt."""

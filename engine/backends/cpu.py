@@ -96,8 +96,10 @@ def make_backend(precision: str) -> Backend:
     sizes = {"kv_type": "f16", "window_batch": 4, "prefill_chunk": 512}
     if precision == "auto":
         rules = (fuse_gates, fuse_linears, fuse_add_norms, fuse_norm_ropes)
+        from ...kernels.cpu.jit import one_at_a_time
         from ...kernels.cpu.tiles import TILES
 
-        return Backend("cpu", compiled_kernels(), rules, **sizes, rounds=frozenset(fmt.name for fmt in TILES))
+        rounded = frozenset(fmt.name for fmt in TILES)
+        return Backend("cpu", compiled_kernels(), rules, **sizes, rounds=rounded, alone=one_at_a_time)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return Backend("cpu", torch_kernels(dtype), (fuse_gates,), **sizes)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..executor import Draft, Program
-from ..sampling import Kind, Sampler
+from ..sampling import Kind, NonFiniteError, Sampler
 from .cuda_memory import CardDevice
 from .cuda_sampling import Choice, choice_bytes
 
@@ -62,7 +62,8 @@ class Stepper:
             if step > 0:
                 buffer, event = self._ring[(step - 1) % RING]
                 event.synchronize()
-                assert buffer[0] >= 0, f"no logit is finite after position {position + step - 1}"
+                if buffer[0] < 0:
+                    raise NonFiniteError(f"no logit is finite after position {position + step - 1}")
                 yield int(buffer[0])
 
     def _start(self, step: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...kernels.errors import AuricleError
 
@@ -17,6 +18,12 @@ T = TypeVar("T")
 
 class ModelError(AuricleError):
     """A model file that opens but cannot be run: a key, a tensor or a shape is not what the model needs."""
+
+
+def absent_fields(cls: type, metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Keys of the dataclass `cls` that a file lacks and `read_config` fills with a default: with that."""
+    defaults = {f"{prefix}.{f.name}": f.default for f in dataclasses.fields(cls)}
+    return {k: v for k, v in defaults.items() if v is not dataclasses.MISSING and k not in metadata}
 
 
 def read_config(cls: type[T], file: GGUFFile, prefix: str) -> T:

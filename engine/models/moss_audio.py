@@ -7,15 +7,17 @@ Knows no samples, no tokens and no backend.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...kernels.formats import F32
 from ..graph import Graph, Value
-from .config import ModelError, read_config
+from ..tokenizer import DEFAULT_PRE
+from .config import ModelError, absent_fields, read_config
 from .qwen3 import DecoderConfig, Head, Inject, build_decoder
 
 if TYPE_CHECKING:
@@ -102,6 +104,19 @@ def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
     check_config(config, str(file.path), len(file.tensors))
     check_tensors(config, file)
     return config
+
+
+def assumed_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that decide what a model computes and that a file lacks, with what is assumed in their place: as published
+    files mean it, which lack them all. A model that was trained otherwise gives wrong answers so."""
+    if metadata.get("general.architecture") != ARCHITECTURE:
+        return {}
+    assumed = absent_fields(EncoderConfig, metadata, f"{ARCHITECTURE}.enc")
+    assumed |= absent_fields(DecoderConfig, metadata, f"{ARCHITECTURE}.llm")
+    assumed[f"{ARCHITECTURE}.time_markers"] = TIME_MARKERS_DEFAULT
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        assumed["tokenizer.ggml.pre"] = DEFAULT_PRE
+    return {key: value for key, value in assumed.items() if key not in metadata}
 
 
 def check_config(c: MossAudioConfig, path: str, n_tensors: int) -> None:

@@ -11,9 +11,10 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -116,6 +117,14 @@ def prepare() -> None:
     folder = cache_folder()
     if folder is not None:
         sweep(folder, fingerprint())
+
+
+@cache
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """To hold while parallel kernels run: a lock for the whole process where numba has nothing but its own scheduler,
+    which ends a process whose threads start two at once; with OpenMP and TBB nothing."""
+    numba.set_num_threads(numba.get_num_threads())  # starts the threads; before that numba does not know which they are
+    return threading.RLock() if numba.threading_layer() == "workqueue" else nullcontext()
 
 
 def sweep(folder: Path, current: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -16,7 +19,7 @@ from ...engine.prompts import TASKS
 from ...engine.sampling import OptionError
 from ...kernels.display import show_answer
 from ...kernels.errors import AuricleError
-from .app import app, complain, print_json
+from .app import CUT_OFF, app, complain, print_json, say
 from .options import AnswerSettings, TranscribeSettings, model_in_the_box, with_settings
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".webm", ".aiff"}
@@ -49,7 +52,8 @@ def transcribe(
         settings = dataclasses.replace(settings, model=model_in_the_box())
     with settings.open() as model:
         statuses = [_answer(model, [file], question, settings) for file in files]
-    raise typer.Exit(next((status for status in statuses if status), 0))
+    failures = [status for status in statuses if status not in (0, CUT_OFF)]
+    raise typer.Exit(failures[0] if failures else max(statuses))
 
 
 @app.command()
@@ -98,7 +102,8 @@ def _looks_like_a_file(text: str) -> bool:
 
 
 def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSettings) -> int:
-    """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too."""
+    """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too; so is an answer
+    that was cut off."""
     named = {"model": str(settings.model), "file": files[0] if len(files) == 1 else files or None}
     try:
         sources = [_read_stdin() if file == "-" else file for file in files]
@@ -109,7 +114,11 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
         return complain(error)
     if settings.as_json:
         print_json({**named, **result.to_dict()})
-    elif sys.stderr.isatty():
+    if result.finish_reason == "length":
+        about = f"{', '.join(files)}: " if files else ""
+        say(f"auricle: {about}{describe_cut(result, model.n_ctx)}")
+        return CUT_OFF
+    if not settings.as_json and sys.stderr.isatty():
         t = result.timings
         print(
             f"{result.audio_seconds:.1f} s of audio, first text after {t.first_token_s:.2f} s, "
@@ -117,6 +126,17 @@ def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSetting
             file=sys.stderr,
         )
     return 0
+
+
+def describe_cut(result: Result, n_ctx: int) -> str:
+    """What ended an answer of the reason "length", and the remedy."""
+    n = len(result.token_ids)
+    if result.prompt_tokens + n >= n_ctx:
+        return (
+            f"the answer was cut off after {n:,} tokens: the context of {n_ctx:,} is full; "
+            "use a shorter recording, or a larger --ctx if the model has one"
+        )
+    return f"the answer was cut off after {n:,} tokens; --max-new-tokens allows more"
 
 
 def _read_stdin() -> BinaryIO:
@@ -131,12 +151,18 @@ def _stream(model: Model, sources: list[Any], prompt: str, settings: AnswerSetti
 
     console, wanted = Console(stderr=True), not settings.as_json
     safe = show_answer if sys.stdout.isatty() else str
-    with console.status("listening …") if sys.stderr.isatty() else _Quiet() as status:
-        stream = model.stream(prompt, sources or None, **settings.generation())
-        for piece in stream:
-            if wanted:
-                status.stop()
-                print(safe(piece), end="", flush=True)
+    with console.status("listening …") if sys.stderr.isatty() else _Quiet() as status, _compiling(status):
+        stream, begun = model.stream(prompt, sources or None, **settings.generation()), False
+        try:
+            for piece in stream:
+                if wanted:
+                    status.stop()
+                    print(safe(piece), end="", flush=True)
+                    begun = True
+        except AuricleError:
+            if begun:  # what went wrong has a line of its own
+                print(flush=True)
+            raise
     if wanted:
         print(flush=True)
     return stream.result
@@ -153,3 +179,33 @@ class _Quiet:
 
     def stop(self) -> None:
         pass
+
+
+@contextmanager
+def _compiling(status: Any) -> Iterator[None]:
+    """Kernels that are compiled show in the status line, as a count; where there is none, as the lines they are. All
+    are compiled before the first text."""
+    if isinstance(status, _Quiet):
+        yield
+        return
+    log, counter = logging.getLogger("auricle.kernels"), _Counter(status)
+    log.addFilter(counter)
+    try:
+        yield
+    finally:
+        log.removeFilter(counter)
+
+
+class _Counter(logging.Filter):
+    """Takes the lines about compiling, and counts them in a status line."""
+
+    def __init__(self, status: Any) -> None:
+        super().__init__()
+        self._status, self._n = status, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("compiling "):
+            return True
+        self._n += 1
+        self._status.update(f"compiling kernels, once for this machine: {self._n} …")
+        return False

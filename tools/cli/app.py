@@ -3,7 +3,8 @@
 Exit statuses: 0 done; 1 a defect of ours (with a traceback); 2 wrong usage or an option out of range; 3 the model
 file cannot be opened or run; 4 audio cannot be read; 5 the request does not fit the context; 6 conversion failed;
 7 the sides of a diff differ; 8 an output cannot be written: a file, or stdout (nothing is said where stdout's reader
-left); 130 interrupted, 143 terminated. Of several files all are tried, and the status is the first failure's.
+left); 9 an answer was cut off, by its limit of tokens or the end of the context; 130 interrupted, 143 terminated. Of
+several files all are tried, and the status is the first failure's; 9 comes after those.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+CUT_OFF = 9
 STATUSES: tuple[tuple[type[AuricleError], int], ...] = (
     (OptionError, 2),
     (PromptError, 2),

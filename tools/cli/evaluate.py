@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from .app import app, print_json
+from .app import CUT_OFF, app, print_json
 from .options import AnswerSettings, with_settings
 from .tables import print_table
 
 if TYPE_CHECKING:
     from ..evaluate.measures import Scores
     from ..evaluate.requests import Row
+    from ..evaluate.text import Spelling
 
 
 @app.command()
@@ -56,6 +58,15 @@ def evaluate(
             bar.advance(task)
     scores = score([row.answer for row in rows], spelling)
     n_cut = sum(row.finish_reason == "length" for row in rows)
+    _report(settings, data, spelling, scores, rows, n_more, n_cut)
+    if n_cut:
+        print(f"auricle: {n_cut} of {len(rows)} answers were cut off; see --max-new-tokens and --ctx", file=sys.stderr)
+        raise typer.Exit(CUT_OFF)
+
+
+def _report(
+    settings: AnswerSettings, data: Path, spelling: Spelling, scores: Scores, rows: list[Row], n_more: int, n_cut: int
+) -> None:
     if settings.as_json:
         facts = {"model": str(settings.model), "data": str(data), "spelling": asdict(spelling), "skipped": n_more}
         facts |= {"cut_off": n_cut, "scores": asdict(scores), "rows": [describe_row(row) for row in rows]}
@@ -63,9 +74,8 @@ def evaluate(
         return
     print_table(("measure", "value"), table_rows(scores), n_right=1)
     print(f"compared: {spelling.describe()}")
-    for n, what in ((n_cut, "answers were cut off by --max-new-tokens"), (n_more, "later exchanges were not asked")):
-        if n:
-            print(f"{n} {what}")
+    if n_more:
+        print(f"{n_more} later exchanges were not asked")
 
 
 def table_rows(scores: Scores) -> list[tuple[str, str]]:

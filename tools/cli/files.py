@@ -29,7 +29,9 @@ def inspect(
     if as_json:
         print_json(facts)
         return
-    print_table(("key", "value"), [(key, _brief(value)) for key, value in facts["metadata"].items()])
+    said = [(key, _brief(value)) for key, value in facts["metadata"].items()]
+    assumed = [(key, f"{_brief(value)} (assumed; the file does not say)") for key, value in facts["assumed"].items()]
+    print_table(("key", "value"), said + assumed)
     rows = [(t["name"], format_shape(t["shape"]), t["type"], f"{t['bytes']:,}") for t in facts["tensors"]]
     print_table(("tensor", "shape", "type", "bytes"), rows, n_right=1)
     print_sizes("part", facts["bytes_by_part"])
@@ -50,7 +52,7 @@ def plan(
         list[str] | None,
         typer.Option("--audio", help="Length of a clip: 90s, 10m, 1:30; may be repeated.", show_default=False),
     ] = None,
-    max_new_tokens: MaxNewTokens = 1024,
+    max_new_tokens: MaxNewTokens = None,
     *,
     settings: OpenSettings,
 ) -> None:
@@ -62,6 +64,7 @@ def plan(
         device = model.backend.device
         own = not device.separate
         base = process_bytes(model.file, model.backend, model.kv_format) if own else device.beside
+        assumed = model.assumed
     rows = {f"weights: {part}": n for part, n in memory.weights.items() if n}
     rows |= {"KV cache": memory.kv_cache, "arena": memory.arena, "libraries' work space": memory.libraries}
     rows |= {"audio": memory.audio}
@@ -70,7 +73,9 @@ def plan(
     rows |= {"interpreter and libraries" if own else "CUDA itself, about": base}
     total = memory.total + base
     if settings.as_json:
-        print_json({**dataclasses.asdict(memory), "interpreter": base, "total": total})
+        print_json({**dataclasses.asdict(memory), "interpreter": base, "total": total, "assumed": assumed})
         return
     print_table(("part", "bytes", ""), [(name, f"{n:,}", format_bytes(n)) for name, n in rows.items()], n_right=2)
     print(f"peak: {total:,} bytes ({format_bytes(total)})")
+    for key, value in assumed.items():
+        print(f"assumed: {key} = {value}, which the file does not say")

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from ...engine.outputs import check_outputs
 from ...engine.prompts import TASKS
 from .app import app, print_json, say
-from .options import MaxNewTokens, OpenSettings, with_settings
+from .options import OpenSettings, with_settings
 
 
 @app.command()
@@ -21,7 +21,7 @@ def imatrix(
     files: Annotated[list[Path], typer.Argument(help="Audio files like those to come.", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file to write, a GGUF.", show_default=False)],
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask of each file.")] = TASKS["transcribe"],
-    max_new_tokens: MaxNewTokens = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")] = 64,
     merge: Annotated[
         list[Path] | None,
         typer.Option("--merge", help="Add what this file holds; may be repeated.", show_default=False),

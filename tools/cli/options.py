@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ...engine import Model, load
+from ...engine.answer import FEWEST_NEW_TOKENS, NEW_TOKENS_PER_SECOND
 from ...engine.lora import parse_lora
 from ...engine.sampling import OptionError
 from ..demo import MODEL, find_model
@@ -83,7 +84,15 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the answer before this text; may be repeated.", show_default=False),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        help=f"Tokens to generate at most.  [default: {FEWEST_NEW_TOKENS}, and {NEW_TOKENS_PER_SECOND} for each second "
+        "of audio]",
+        show_default=False,
+    ),
+]
 TimeMarkers = Annotated[
     bool | None,
     typer.Option(
@@ -91,6 +100,12 @@ TimeMarkers = Annotated[
         help="Tell the model the elapsed seconds inside the audio.  [default: as the model file says]",
         show_default=False,
     ),
+]
+
+
+ParseSpecial = Annotated[
+    bool,
+    typer.Option("--parse-special", help="Obey control tokens (<|im_end|>) and audio spans written in the question."),
 ]
 
 
@@ -136,8 +151,9 @@ class AnswerSettings(OpenSettings):
     repetition_penalty: Penalty = 1.0
     seed: Seed = None
     stop: Stop = None
-    max_new_tokens: MaxNewTokens = 1024
+    max_new_tokens: MaxNewTokens = None
     time_markers: TimeMarkers = None
+    parse_special: ParseSpecial = False
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `Model.stream`."""

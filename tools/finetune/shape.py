@@ -23,7 +23,7 @@ TAPS = (0, 1, 2)
 
 def demo_merges() -> list[tuple[str, str]]:
     """Merges that make each word of the prompts and answers one token, as far as the vocabulary has room."""
-    texts = [default_prompt("", 0), *PROMPTS.values(), *(f"{word} {word}" for word in WORDS), "none", TASKS["describe"]]
+    texts = [default_prompt(""), *PROMPTS.values(), *(f"{word} {word}" for word in WORDS), "none", TASKS["describe"]]
     words = [word for word in split_words(texts) if not word.startswith(("[", "]", "<", "|"))]
     return learn_merges(words, N_VOCAB - N_BYTES - len(SPECIAL_TOKENS))
 
