@@ -145,10 +145,10 @@ def test_other_structures(tmp_path: Path, shape: SampleShape) -> None:
     folder = copy_checkpoint(tmp_path / "sample", shape)
     check_values(folder, run(folder, "f32", tmp_path / "a.gguf"), "f32")
     with open_gguf(tmp_path / "a.gguf") as file:
-        assert file.get("moss_audio.deepstack.num_taps") == len(shape.taps)
-        assert [file.get(f"moss_audio.deepstack.tap.{k}") for k in range(len(shape.taps))] == list(shape.taps)
-        assert file.get("moss_audio.deepstack.num_inject_layers") == shape.n_merger
-        assert file.get("moss_audio.enc.n_window") == shape.n_window
+        assert file.metadata.get("moss_audio.deepstack.num_taps") == len(shape.taps)
+        assert [file.metadata.get(f"moss_audio.deepstack.tap.{k}") for k in range(len(shape.taps))] == list(shape.taps)
+        assert file.metadata.get("moss_audio.deepstack.num_inject_layers") == shape.n_merger
+        assert file.metadata.get("moss_audio.enc.n_window") == shape.n_window
 
 
 def test_tied_head_that_is_stored_is_left_out(folder: Path, tmp_path: Path) -> None:

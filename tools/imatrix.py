@@ -19,6 +19,7 @@ from ..engine.rewrite import observed_weights
 from ..engine.runtime import Runtime
 from ..engine.sampling import OptionError
 from ..engine.session import ContextError, Heard
+from ..kernels.errors import show_name, show_path
 
 MAX_NEW_TOKENS = 64
 
@@ -77,7 +78,13 @@ def run_request(runtime: Runtime, heard: Heard, prompt: Prompt, max_new_tokens: 
 
 
 def check_columns(model: Model, matrix: ImportanceMatrix, path: str) -> None:
-    """Raises ConversionError where a weight of `model` has another number of columns in a matrix from `path`."""
+    """Raises ConversionError for a matrix from `path` that names no weight of `model`, or one of another width."""
+    if not matrix.sums.keys() & model.file.tensors.keys():
+        first = show_name(next(iter(matrix.sums)))
+        raise ConversionError(
+            f"{show_path(path)} names no weight of this model ({first} and {len(matrix.sums) - 1} others); merge only "
+            "what was collected on this model"
+        )
     for name, sums in matrix.sums.items():
         info = model.file.tensors.get(name)
         if info is not None and info.shape[-1] != sums.squares.size:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...kernels.errors import show
 from ...kernels.formats import F32
 from ..graph import Graph, Value
+from ..kinds import MODEL, expect_kind
 from .config import ModelError, read_config
 from .qwen3 import DecoderConfig, Head, Inject, build_decoder
 
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "moss_audio"
 TIME_MARKERS_DEFAULT = True  # published files lack the key
-MAX_CONTEXT = 1 << 24  # tokens; no model comes near
+# Sizes that no tensor of a file bears out; no model comes near.
+MAX_CONTEXT = 1 << 24  # tokens
+MAX_WINDOW = 1 << 14  # half the frames of a window
+MAX_TAPS = 64
+ENCODER_TENSORS, DECODER_TENSORS = 15, 11  # of each layer
 
 # Parts of the model, for totals: the first pattern that matches a tensor's name.
 PARTS: tuple[tuple[str, str], ...] = (
@@ -85,12 +91,11 @@ class MossAudioConfig:
 
 def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
     """The configuration of a model file. Raises GGUFError or ModelError naming the key that is missing or wrong."""
+    expect_kind(file, MODEL, ModelError, "a model is wanted here")
     architecture = file.require("general.architecture", str)
     if architecture != ARCHITECTURE:
-        raise ModelError(f"{file.path}: architecture is {architecture!r}; this engine runs {ARCHITECTURE!r}")
-    n_taps = file.require("moss_audio.deepstack.num_taps", int)
-    if not 0 <= n_taps <= 64:
-        raise ModelError(f"{file.path}: moss_audio.deepstack.num_taps is {n_taps}; it must be 0 to 64")
+        raise ModelError(f"{file.where}: architecture is {show(architecture)}; this engine runs {ARCHITECTURE!r}")
+    n_taps = file.require("moss_audio.deepstack.num_taps", int, within=(0, MAX_TAPS))
     config = MossAudioConfig(
         encoder=read_config(EncoderConfig, file, "moss_audio.enc"),
         decoder=read_config(DecoderConfig, file, "moss_audio.llm"),
@@ -99,7 +104,7 @@ def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
         adapter_hidden=file.require("moss_audio.adapter.hidden_size", int),
         tied="llm.lm_head.weight" not in file.tensors,
     )
-    check_config(config, str(file.path), len(file.tensors))
+    check_config(config, file.where, len(file.tensors))
     check_tensors(config, file)
     return config
 
@@ -109,8 +114,10 @@ def check_config(c: MossAudioConfig, path: str, n_tensors: int) -> None:
     e, d = c.encoder, c.decoder
     outside = [t for t in c.taps if not 0 <= t < e.encoder_layers]
     n_layer, n_tokens = e.encoder_layers + d.num_layers, e.n_window // 4
+    n_least = ENCODER_TENSORS * e.encoder_layers + DECODER_TENSORS * d.num_layers
     rules = [
-        (n_layer <= n_tensors, f"enc.encoder_layers and llm.num_layers are {n_layer} for {n_tensors} tensors"),
+        (n_least <= n_tensors, f"enc.encoder_layers and llm.num_layers are {n_layer} for {n_tensors} tensors"),
+        (e.n_window <= MAX_WINDOW, f"enc.n_window is above {MAX_WINDOW}"),
         (d.max_position_embeddings <= MAX_CONTEXT, f"llm.max_position_embeddings is above {MAX_CONTEXT}"),
         (n_tokens <= e.max_source_positions, f"enc.n_window {e.n_window} is above 4 x enc.max_source_positions"),
         (e.downsample_rate == 8, f"enc.downsample_rate is {e.downsample_rate}; three convolutions make it 8"),
@@ -139,12 +146,12 @@ def check_tensors(c: MossAudioConfig, file: GGUFFile) -> None:
         info = file.tensors.get(name)
         if info is None:
             if name in wanted:
-                raise ModelError(f"{file.path}: tensor {name} is missing; convert the checkpoint again")
+                raise ModelError(f"{file.where}: tensor {name} is missing; convert the checkpoint again")
             continue
         if info.shape != shape:
-            raise ModelError(f"{file.path}: tensor {name} is {list(info.shape)}; the keys ask for {list(shape)}")
+            raise ModelError(f"{file.where}: tensor {name} is {list(info.shape)}; the keys ask for {list(shape)}")
         if name in tables and info.format is not F32:
-            raise ModelError(f"{file.path}: tensor {name} is {info.format}; it must be F32")
+            raise ModelError(f"{file.where}: tensor {name} is {info.format}; it must be F32")
 
 
 def token_count(n_frames: int) -> int:
@@ -189,7 +196,8 @@ def encoder_graph(c: MossAudioConfig, n_windows: int, n_frames: int, n_rows: int
     valid = g.input("valid", (n_rows,), "i32")
 
     x = g.stage("enc.stem_proj", build_stem(g, e, mel))  # [W, T, d_model]
-    x = g.add(x, g.constant(f"positions.{x.shape[1]}", sinusoids(*x.shape[1:])))
+    size = x.shape[1:]
+    x = g.add(x, g.constant(f"positions.{size[0]}", size, lambda: sinusoids(*size)))
     taps: dict[int, Value] = {}
     for n in range(e.encoder_layers):
         x = g.stage(f"enc.blk.{n}", build_encoder_block(g, e, n, x, lengths))
