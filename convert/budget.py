@@ -24,8 +24,8 @@ import numpy as np
 
 from ..engine.gguf import GGUFFile, Typed, align, string, u64
 from ..engine.models.moss_audio import part_of
-from ..kernels.errors import show, show_name, show_path
 from ..kernels.formats import BY_NAME, F16, F32, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Format
+from ..kernels.quote import quote
 from .documents import Document, parse_document, read_whole
 from .recipes import CONVOLUTIONS, ENCODER_FLOOR, KEPT, Recipe, Rule, fit_rows
 from .source import ConversionError
@@ -130,13 +130,11 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     """Raises ConversionError for what is no report of `auricle diff --sensitivity`."""
     data = read_whole(Path(path), remedy=REPORT_REMEDY)
     if data is None:
-        raise ConversionError(f"{show_path(path)} cannot be read: there is no such file; {REPORT_REMEDY}")
+        raise ConversionError(f"{path} cannot be read: there is no such file; {REPORT_REMEDY}")
     report = parse_document(data, path, remedy=REPORT_REMEDY)
     stated = report.require("format", str), report.require("version", int)
     if stated != (FORMAT, VERSION):
-        raise ConversionError(
-            f"{report.where} is {show_name(stated[0])} {stated[1]}, not {FORMAT} {VERSION}; {REPORT_REMEDY}"
-        )
+        raise ConversionError(f"{report.where} is {stated[0]} {stated[1]}, not {FORMAT} {VERSION}; {REPORT_REMEDY}")
     shapes, damage = {}, {}
     for n, entry in enumerate(report.require("tensors", list[dict])):
         tensor = report.inside(entry, f"tensor {n}")
@@ -150,7 +148,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
 def _read_damage(tensor: Document, name: str) -> dict[str, float]:
     types = tensor.require("types", dict)
     if not types or not types.keys() <= set(BY_NAME):
-        raise tensor.complaint("types", f"the damage of {show_name(name)} is missing; measure it again")
+        raise tensor.complaint("types", f"the damage of {name} is missing; measure it again")
     return {key: tensor.require(f"types.{key}.kl", float, within=(0.0, math.inf)) for key in types}
 
 
@@ -191,13 +189,13 @@ class Budget:
         own, other = shapes, self.report.shapes
         wrong = next((n for n in sorted({*own, *other}) if own.get(n) != other.get(n)), None)
         if wrong is not None:
-            reason = f"{show_name(wrong)} is {_show(own.get(wrong))} here and {_show(other.get(wrong))} there"
+            reason = f"{wrong} is {_show(own.get(wrong))} here and {_show(other.get(wrong))} there"
         elif fingerprint(file) != self.report.fingerprint:
             reason = "shapes agree, the values of its norms do not"
         else:
             return
         raise ConversionError(
-            f"{self.report.path} was measured on another model ({show(self.report.model)}): {reason}; measure this one"
+            f"{self.report.path} was measured on another model ({quote(self.report.model)}): {reason}; measure this one"
         )
 
     def describe(self) -> dict[str, Typed]:

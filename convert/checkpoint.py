@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.fields import Fields
-from ..kernels.errors import show, show_name, show_path
 from ..kernels.formats import BF16, F16, F32, Format
+from ..kernels.quote import quote
 from .documents import Document, parse_json, read_document
 from .source import ConversionError, Source, SourceTensor
 
@@ -57,10 +57,10 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ConversionError(f"{show_path(directory)} is not a folder: give the folder of a Hugging Face checkpoint")
+        raise ConversionError(f"{directory} is not a folder: give the folder of a Hugging Face checkpoint")
     config = read_document(directory / CONFIG)
     if config is None:
-        raise ConversionError(f"{show_path(directory)} has no {CONFIG}: give the folder of a Hugging Face checkpoint")
+        raise ConversionError(f"{directory} has no {CONFIG}: give the folder of a Hugging Face checkpoint")
     shards, listed = _find_shards(directory)
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
@@ -71,7 +71,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             tensors[tensor.name] = tensor
     for name, shard_name in listed.items():
         if name not in tensors or tensors[name].file.name != shard_name:
-            raise ConversionError(f"{INDEX} puts tensor {show_name(name)} in {shard_name}, which does not hold it")
+            raise ConversionError(f"{INDEX} puts tensor {name} in {shard_name}, which does not hold it")
     return Checkpoint(directory, config, tensors, shards)
 
 
@@ -81,20 +81,18 @@ def _find_shards(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
         return (directory / SINGLE,), {}
     index = read_document(directory / INDEX)
     if index is None:
-        raise ConversionError(
-            f"{show_path(directory)} has neither {SINGLE} nor {INDEX}: only safetensors weights are converted"
-        )
+        raise ConversionError(f"{directory} has neither {SINGLE} nor {INDEX}: only safetensors weights are converted")
     listed = index.require("weight_map", dict)
     for name in listed.values():
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise ConversionError(
-                f"{INDEX} lists {show(name)}: a shard is a .safetensors file in the checkpoint's own folder"
+                f"{INDEX} lists {quote(name)}: a shard is a .safetensors file in the checkpoint's own folder"
             )
     names = sorted(set(listed.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         first = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ConversionError(f"{show_path(directory)} lacks shards that {INDEX} lists: {first}; fetch them")
+        raise ConversionError(f"{directory} lacks shards that {INDEX} lists: {first}; fetch them")
     return tuple(directory / name for name in names), listed
 
 
@@ -104,19 +102,17 @@ def read_header(shard: Path) -> list[SourceTensor]:
     Raises ConversionError for a file that is none, is cut short or contradicts itself.
     """
     if not shard.is_file():
-        raise ConversionError(f"{show_path(shard)} is not a regular file; fetch it again")
+        raise ConversionError(f"{shard} is not a regular file; fetch it again")
     try:
         with shard.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise ConversionError(
-                    f"{show_path(shard)} is no whole safetensors file: {size} bytes, header of {length}"
-                )
+                raise ConversionError(f"{shard} is no whole safetensors file: {size} bytes, header of {length}")
             text = file.read(length)
     except OSError as error:
-        raise ConversionError(f"{show_path(shard)} cannot be read: {error.strerror}") from error
-    where, header = show_path(shard), _parse_header(shard, text)
+        raise ConversionError(f"{shard} cannot be read: {error.strerror}") from error
+    where, header = shard, _parse_header(shard, text)
     tensors = [_parse_tensor(shard, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 8 + length
@@ -136,28 +132,28 @@ def _parse_header(shard: Path, text: bytes) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ConversionError(f"{show_path(shard)}: {show(twice)} is in the header twice")
+            raise ConversionError(f"{shard}: {quote(twice)} is in the header twice")
         return content
 
     header = parse_json(text, f"{shard}, header", pairs=refuse_duplicates)
     if not isinstance(header, dict):
-        raise ConversionError(f"{show_path(shard)} has a header that is a {type(header).__name__}, not a JSON object")
+        raise ConversionError(f"{shard} has a header that is a {type(header).__name__}, not a JSON object")
     header.pop("__metadata__", None)
     return header
 
 
 def _parse_tensor(shard: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
     if not name.isprintable() or len(name) > MAX_NAME:
-        raise ConversionError(f"{show_path(shard)} has a tensor of the name {show(name)}: no model has such")
-    where = f"{show_path(shard)}: tensor {name}"
+        raise ConversionError(f"{shard} has a tensor of the name {quote(name)}: no model has such")
+    where = f"{shard}: tensor {name}"
     if not isinstance(entry, dict):
-        raise ConversionError(f"{where} has a damaged header entry: {show(entry)}")
+        raise ConversionError(f"{where} has a damaged header entry: {quote(entry)}")
     fields = Fields(entry, where, ConversionError, "fetch it again")
     dtype, shape, span = (fields.require(key, kind) for key, kind in ENTRY.items())
     if len(shape) > MAX_DIMS or len(span) != 2 or not all(0 <= n < 1 << 63 for n in (*shape, *span)):
-        raise ConversionError(f"{where} has a damaged header entry: {show(entry)}")
+        raise ConversionError(f"{where} has a damaged header entry: {quote(entry)}")
     if dtype not in DTYPE_BYTES:
-        raise ConversionError(f"{where} has the unknown dtype {show(dtype)}")
+        raise ConversionError(f"{where} has the unknown dtype {quote(dtype)}")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if span[1] - span[0] != nbytes:
         raise ConversionError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.fields import Fields
-from ..kernels.errors import AuricleError, show_path
+from ..kernels.errors import AuricleError
 from .source import ConversionError
 
 REMEDY = "fetch it again"
@@ -54,7 +54,7 @@ def parse_document(
     """The JSON object that `data` is; `error` for anything else."""
     content = parse_json(data, where, error, remedy)
     if not isinstance(content, dict):
-        raise error(f"{show_path(where)} holds a {type(content).__name__}, not a JSON object; {remedy}")
+        raise error(f"{where} holds a {type(content).__name__}, not a JSON object; {remedy}")
     return Document(content, where, error, remedy)
 
 
@@ -70,9 +70,9 @@ def parse_json(
         content = json.loads(data.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as problem:
         reason = str(problem).partition("\n")[0] or type(problem).__name__
-        raise error(f"{show_path(where)} is not JSON ({reason}); {remedy}") from None
+        raise error(f"{where} is not JSON ({reason}); {remedy}") from None
     if _SURROGATE.search(data) and not all(_is_unicode(text) for text in _texts(content)):
-        raise error(f"{show_path(where)} has half a character in a text (a lone surrogate); {remedy}")
+        raise error(f"{where} has half a character in a text (a lone surrogate); {remedy}")
     return content
 
 
@@ -82,14 +82,14 @@ def read_whole(path: Path, error: type[AuricleError] = ConversionError, remedy: 
         if not path.exists():
             return None
         if not path.is_file():  # reading a pipe could wait for ever
-            raise error(f"{show_path(path)} is not a regular file; {remedy}")
+            raise error(f"{path} is not a regular file; {remedy}")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise error(f"{show_path(path)} cannot be read: {reason}; {remedy}") from None
+        raise error(f"{path} cannot be read: {reason}; {remedy}") from None
     if len(data) > MAX_BYTES:
-        raise error(f"{show_path(path)} has more than {MAX_BYTES:,} bytes, which no such file has; {remedy}")
+        raise error(f"{path} has more than {MAX_BYTES:,} bytes, which no such file has; {remedy}")
     return data
 
 

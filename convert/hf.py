@@ -14,7 +14,7 @@ import numpy as np
 from ..engine.gguf import Typed, boolean, string, u32
 from ..engine.lora import LoraSpec
 from ..engine.mel import hann_window, mel_filters
-from ..kernels.errors import show
+from ..kernels.quote import quote
 from .checkpoint import CONFIG, FLOATS, Checkpoint, open_checkpoint
 from .documents import REMEDY, Document, read_document
 from .hyperparameters import Hyperparameters, check_mel, read_hyperparameters
@@ -139,7 +139,7 @@ def find_audio_ids(processor: Document, config: Document, n_vocab: int) -> dict[
         if not 0 <= ids[key] < n_vocab:
             where = f"{PROCESSOR} and {CONFIG} lack {key}, and the usual" if stated is None else f"{key} ="
             raise ConversionError(
-                f"{where} {show(ids[key])} is no row of the embedding (0 to {n_vocab - 1}) for {text}"
+                f"{where} {quote(ids[key])} is no row of the embedding (0 to {n_vocab - 1}) for {text}"
             )
     return ids
 

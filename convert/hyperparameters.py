@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.gguf import Typed, ValueType, f32, u32
-from ..kernels.errors import show
+from ..kernels.quote import quote
 from .checkpoint import CONFIG, Checkpoint, ConversionError
 from .documents import Document
 from .names import moss_audio as names
@@ -72,7 +72,7 @@ def _check_family(config: Document) -> None:
     known += [any(name in names.ARCHITECTURES for name in architectures)] if architectures else []
     if not known or not all(known):
         raise ConversionError(
-            f"{config.where} describes model_type {show(model_type)}, architectures {show(architectures)}: only "
+            f"{config.where} describes model_type {quote(model_type)}, architectures {quote(architectures)}: only "
             f"{names.MODEL_TYPES[0]} ({names.ARCHITECTURES[0]}) checkpoints are converted"
         )
 

@@ -18,7 +18,6 @@ import numpy as np
 from ..engine.gguf import GGUFFile, open_gguf, string, strings, u32
 from ..engine.gguf_write import GGUFWriter, plan_layout
 from ..engine.kinds import COUNT_KEYS, IMATRIX, expect_kind
-from ..kernels.errors import show_name
 from ..kernels.formats import F32
 from .source import ConversionError
 
@@ -72,13 +71,12 @@ def _read_sums(file: GGUFFile, name: str) -> ColumnSums:
     squares, counts = (_read_floats(file, name + end) for end in (SQUARES, COUNTS))
     if len(squares) != 1 or counts.size != 1:
         raise ConversionError(
-            f"{file.where}: {show_name(name)} is {max(len(squares), counts.size)} matrices in one; collect it on a "
-            "model without"
+            f"{file.where}: {name} is {max(len(squares), counts.size)} matrices in one; collect it on a model without"
         )
     n_rows = counts.item()
     if not 1 <= n_rows < np.inf:
-        raise ConversionError(f"{file.where}: {show_name(name)} was seen {n_rows:g} times; collect it on more data")
-    _check_squares(squares[0], f"{file.where}: {show_name(name)}", "collect it again")
+        raise ConversionError(f"{file.where}: {name} was seen {n_rows:g} times; collect it on more data")
+    _check_squares(squares[0], f"{file.where}: {name}", "collect it again")
     return ColumnSums(squares[0], round(n_rows))
 
 
@@ -87,8 +85,8 @@ def _read_counted(file: GGUFFile, name: str) -> ColumnSums:
     squares = _read_floats(file, name)
     n_rows = file.require(COUNT_KEYS + name, int, within=(1, np.inf))
     if len(squares) != 1:
-        raise ConversionError(f"{file.where}: {show_name(name)} is {len(squares)} rows of sums; collect it again")
-    _check_squares(squares[0], f"{file.where}: {show_name(name)}", "collect it again")
+        raise ConversionError(f"{file.where}: {name} is {len(squares)} rows of sums; collect it again")
+    _check_squares(squares[0], f"{file.where}: {name}", "collect it again")
     return ColumnSums(squares[0], n_rows)
 
 
@@ -96,9 +94,9 @@ def _read_floats(file: GGUFFile, name: str) -> np.ndarray:
     """A float32 tensor as float64 [n_rows, n_cols]; ggml drops outer dimensions of 1."""
     info = file.tensors.get(name)
     if info is None:
-        raise ConversionError(f"{file.where}: {show_name(name)} is missing beside its counterpart; collect it again")
+        raise ConversionError(f"{file.where}: {name} is missing beside its counterpart; collect it again")
     if info.format is not F32:
-        raise ConversionError(f"{file.where}: {show_name(name)} is {info.format}, not F32; collect it again")
+        raise ConversionError(f"{file.where}: {name} is {info.format}, not F32; collect it again")
     return file.data(name).view("<f4").reshape(-1, info.shape[-1]).astype(np.float64)
 
 

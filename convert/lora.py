@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from ..engine.gguf import f32, open_gguf, string
 from ..engine.kinds import ADAPTER, MODEL, expect_kind
 from ..engine.lora import ADAPTER_TYPE, ALPHA_KEY, A, B, is_adaptable
-from ..kernels.errors import show_path
 from ..kernels.formats import BF16, F16, F32, Format
 from .checkpoint import FLOATS, read_header
 from .documents import Document, read_document
@@ -106,10 +105,10 @@ def plan_lora(directory: str | Path, type_name: str | None = None, base: str | P
 def read_config(directory: Path) -> Document:
     """adapter_config.json of plain LoRA; ConversionError for any other kind."""
     if not directory.is_dir():
-        raise ConversionError(f"{show_path(directory)} is not a folder: give the one that peft saved an adapter to")
+        raise ConversionError(f"{directory} is not a folder: give the one that peft saved an adapter to")
     config = read_document(directory / CONFIG)
     if config is None:
-        raise ConversionError(f"{show_path(directory)} has no {CONFIG}: give the folder that peft saved an adapter to")
+        raise ConversionError(f"{directory} has no {CONFIG}: give the folder that peft saved an adapter to")
     for key, allowed in FIXED.items():
         found = config.values.get(key)
         if key in config.values and not any(found is value or found == value for value in allowed):

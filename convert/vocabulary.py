@@ -14,7 +14,7 @@ from typing import Any
 from ..engine.fields import as_kind
 from ..engine.gguf import Typed, i32s, string, strings, u32
 from ..engine.tokenizer import TokenType
-from ..kernels.errors import show, show_name, show_path
+from ..kernels.quote import quote
 from .documents import REMEDY, Document, read_document, read_whole
 from .source import ConversionError
 
@@ -98,12 +98,12 @@ class _Ids:
     def put(self, token: str, i: int, kind: TokenType) -> None:
         if type(i) is not int or not 0 <= i < self.n_vocab:
             raise ConversionError(
-                f"token {show(token)} has the id {show(i)}: the embedding has rows 0 to {self.n_vocab - 1}"
+                f"token {quote(token)} has the id {quote(i)}: the embedding has rows 0 to {self.n_vocab - 1}"
             )
         if self.by_id.get(i, token) != token:
-            raise ConversionError(f"two tokens have the id {i}: {show(self.by_id[i])} and {show(token)}")
+            raise ConversionError(f"two tokens have the id {i}: {quote(self.by_id[i])} and {quote(token)}")
         if self.by_token.get(token, i) != i:
-            raise ConversionError(f"token {show(token)} has two ids: {self.by_token[token]} and {i}")
+            raise ConversionError(f"token {quote(token)} has two ids: {self.by_token[token]} and {i}")
         self.by_id[i], self.by_token[token], self.types[i] = token, i, kind
 
     def find(self, token: Any) -> int | None:
@@ -117,7 +117,7 @@ def _put_placeholders(ids: _Ids, placeholders: Mapping[str, int], added: Mapping
     for token, i in placeholders.items():
         ids.put(token, i, TokenType.CONTROL)
         if added.get(i, token) != token:
-            notes.append(f"id {i}: the tokenizer's {show_name(added[i])} is written as {token}")
+            notes.append(f"id {i}: the tokenizer's {added[i]} is written as {token}")
     return tuple(notes)
 
 
@@ -129,9 +129,7 @@ def _read_bpe(directory: Path) -> tuple[dict[str, Any], list[str]]:
         return vocab.values, merges
     tokenizer = read_document(directory / TOKENIZER)
     if tokenizer is None:
-        raise ConversionError(
-            f"{show_path(directory)} has no tokenizer: looked for {VOCAB} with {MERGES}, and for {TOKENIZER}"
-        )
+        raise ConversionError(f"{directory} has no tokenizer: looked for {VOCAB} with {MERGES}, and for {TOKENIZER}")
     entries, merges = tokenizer.get("model.vocab", dict), tokenizer.look_up("model.merges")
     pairs = as_kind(merges, list[list[str]])
     lines = as_kind(merges, list[str]) if pairs is None else [" ".join(pair) for pair in pairs]
@@ -154,14 +152,14 @@ def _read_text(path: Path) -> str | None:
     try:
         return None if data is None else data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConversionError(f"{show_path(path)} is not UTF-8 (byte {error.start}): fetch it again") from None
+        raise ConversionError(f"{path} is not UTF-8 (byte {error.start}): fetch it again") from None
 
 
 def _check_merges(merges: Iterable[str], ids: Mapping[str, int]) -> None:
     for n, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
-            raise ConversionError(f"merge {n} ({show(merge)}) does not join two tokens of the vocabulary to a third")
+            raise ConversionError(f"merge {n} ({quote(merge)}) does not join two tokens of the vocabulary to a third")
 
 
 def _read_added(directory: Path, settings: Document) -> dict[str, tuple[int, TokenType]]:
@@ -169,7 +167,7 @@ def _read_added(directory: Path, settings: Document) -> dict[str, tuple[int, Tok
     added: dict[str, tuple[int, TokenType]] = {}
     for token, i, special in _list_added(directory, settings):
         if added.get(token, (i,))[0] != i:
-            raise ConversionError(f"token {show(token)} has two ids: {show(added[token][0])} and {show(i)}")
+            raise ConversionError(f"token {quote(token)} has two ids: {quote(added[token][0])} and {quote(i)}")
         if token not in added or special is not None:
             # Without a flag, the rule readers use for files without types: `<…>` is special.
             special = token.startswith("<") and token.endswith(">") if special is None else special
@@ -182,7 +180,7 @@ def _list_added(directory: Path, settings: Document) -> Iterator[tuple[str, int,
     texts = read_document(directory / ADDED)
     for token, i in (texts.values if texts else {}).items():
         if type(i) is not int:
-            raise ConversionError(f"{texts.where} lists added token {show(token)} with id {show(i)}: fetch it again")
+            raise ConversionError(f"{texts.where} lists added token {quote(token)} with id {quote(i)}: fetch it again")
         yield token, i, None
     tokenizer = read_document(directory / TOKENIZER)
     for n, entry in enumerate(tokenizer.get("added_tokens", list[dict], []) if tokenizer else []):
@@ -190,7 +188,7 @@ def _list_added(directory: Path, settings: Document) -> Iterator[tuple[str, int,
         yield fields.require("content", str), fields.require("id", int), fields.get("special", bool, False)
     for key, entry in settings.get("added_tokens_decoder", dict, {}).items():
         if not isinstance(entry, dict) or not key.isdecimal() or len(key) > MAX_ID_DIGITS:
-            raise ConversionError(f"{settings.where} lists {show(entry)} as added token {show(key)}: fetch it again")
+            raise ConversionError(f"{settings.where} lists {quote(entry)} as added token {quote(key)}: fetch it again")
         fields = settings.inside(entry, f"added token {key}")
         yield fields.require("content", str), int(key), fields.get("special", bool, False)
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..kernels.errors import AuricleError, show, show_name, show_path
+from ..kernels.errors import AuricleError
+from ..kernels.quote import quote
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Fields:
 
     def __init__(self, values: Mapping[str, Any], where: object, error: type[AuricleError], remedy: str) -> None:
         self.values = values
-        self.where = show_path(where)
+        self.where = str(where)
         self.error = error
         self.remedy = remedy
 
@@ -61,12 +62,12 @@ class Fields:
         """As `get`, and the file must have the key."""
         value = self.get(key, kind, within=within)
         if value is None:
-            raise self.error(f"{self.where} lacks {show_name(key)}; {self.remedy}")
+            raise self.error(f"{self.where} lacks {key}; {self.remedy}")
         return value
 
     def complaint(self, key: str, problem: str) -> AuricleError:
         """An error about the value of `key`, to be raised."""
-        return self.error(f"{self.where} says {show_name(key)} = {show(self.look_up(key))}: {problem}; {self.remedy}")
+        return self.error(f"{self.where} says {key} = {quote(self.look_up(key))}: {problem}; {self.remedy}")
 
 
 def as_kind(value: Any, kind: type[T]) -> T | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.errors import show, show_path
+from ..kernels.quote import quote
 from .fields import Fields
 from .gguf_cursor import GGUFError, ValueType
 from .gguf_header import (
@@ -67,14 +67,14 @@ class GGUFFile(Fields):
         for n, part in enumerate(parts):
             for name, info in part.tensors.items():
                 if name in self.tensors:
-                    raise GGUFError(f"{self.where}: tensor {show(name)} is in two parts; split the file again")
+                    raise GGUFError(f"{self.where}: tensor {quote(name)} is in two parts; split the file again")
                 self.tensors[name] = replace(info, part=n) if n else info
         self._maps: tuple[mmap.mmap, ...] = tuple(part.map for part in parts)
 
     def tensor(self, name: str) -> TensorInfo:
         """The record of tensor `name`. Raises GGUFError where the file lacks it."""
         if name not in self.tensors:
-            raise GGUFError(f"{self.where}: tensor {show(name)} is missing; the file is incomplete or of another model")
+            raise GGUFError(f"{self.where}: tensor {quote(name)} is missing; the file is cut short or of another model")
         return self.tensors[name]
 
     def data(self, name: str) -> np.ndarray:
@@ -96,6 +96,17 @@ class GGUFFile(Fields):
         n_bytes = (end - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if n_bytes > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[info.part].madvise(mmap.MADV_DONTNEED, first, n_bytes)
+
+    def check_size(self) -> None:
+        """Raises GGUFError where the file on disk is shorter than it was when it was opened: to read what it lacks now
+        ends the process with SIGBUS, and the rest of the last page reads as zeros."""
+        assert self._maps, f"{self.path} is closed"
+        for path, data in zip(self.paths, self._maps, strict=True):
+            size = data.size()  # of the file that was opened, whatever its name stands for now
+            if size < len(data):
+                raise GGUFError(
+                    f"{path} was cut from {len(data):,} to {size:,} bytes while it was in use; fetch it again"
+                )
 
     def close(self) -> None:
         """Let go of the map. Views handed out before stay valid: the last of them to die unmaps the file."""
@@ -148,7 +159,7 @@ def _read_place(header: Header) -> tuple[int, int]:
 
 def _find_parts(header: Header, count: int, number: int) -> list[Path]:
     """The paths of all parts, all of which exist."""
-    this = f"{show_path(header.path)} is part {number + 1} of {count} of a split file"
+    this = f"{header.path} is part {number + 1} of {count} of a split file"
     found = _PART_NAME.fullmatch(header.path.name)
     if found is None or (int(found[2]), int(found[3])) != (number + 1, count):
         raise GGUFError(
@@ -158,7 +169,7 @@ def _find_parts(header: Header, count: int, number: int) -> list[Path]:
     names = [f"{found[1]}-{n + 1:05d}-of-{count:05d}.gguf" for n in range(count)]
     missing = next((name for name in names if not header.path.with_name(name).is_file()), None)
     if missing is not None:
-        raise GGUFError(f"{this}; missing {show_path(header.path.with_name(missing))}: put all parts into one folder")
+        raise GGUFError(f"{this}; missing {header.path.with_name(missing)}: put all parts into one folder")
     return [header.path.with_name(name) for name in names]
 
 
@@ -166,7 +177,7 @@ def _read_companion(path: Path, number: int, count: int) -> Header:
     """Another part. Raises GGUFError where it does not say that it is that."""
     header = read_header(path)
     if _read_place(header) != (count, number):
-        raise GGUFError(f"{show_path(path)} does not say that it is part {number + 1} of {count}; split the file again")
+        raise GGUFError(f"{path} does not say that it is part {number + 1} of {count}; split the file again")
     return header
 
 

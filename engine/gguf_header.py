@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.errors import show, show_path
 from ..kernels.formats import BY_ID, Format
+from ..kernels.quote import quote
 from .gguf_cursor import ENTRY, NUMBERS, Cursor, GGUFError, ValueType
 
 MAGIC = b"GGUF"
@@ -129,16 +129,16 @@ def _map_file(path: Path) -> mmap.mmap:
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
-            raise GGUFError(f"{show_path(path)} is a directory; give the .gguf file inside it")
+            raise GGUFError(f"{path} is a directory; give the .gguf file inside it")
         if not stat.S_ISREG(info.st_mode):  # opening a pipe could wait for ever
-            raise GGUFError(f"{show_path(path)} is not a regular file; save it to disk first")
+            raise GGUFError(f"{path} is not a regular file; save it to disk first")
         if info.st_size == 0:
-            raise GGUFError(f"{show_path(path)} is empty; fetch or convert it again")
+            raise GGUFError(f"{path} is empty; fetch or convert it again")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte, or the file was emptied meanwhile
         reason = getattr(error, "strerror", None) or error
-        raise GGUFError(f"cannot open {show_path(path)}: {reason}; check the path") from error
+        raise GGUFError(f"cannot open {path}: {reason}; check the path") from error
 
 
 def _read_version(cursor: Cursor) -> int:
@@ -181,8 +181,8 @@ def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Typed]:
     for i in range(n_keys):
         key = cursor.string(f"the name of key {i}")
         if key in types:
-            cursor.fail(f"key {show(key)} occurs twice; convert the file again")
-        what = f"key {show(key)}"
+            cursor.fail(f"key {quote(key)} occurs twice; convert the file again")
+        what = f"key {quote(key)}"
         types[key] = _read_value(cursor, _read_type(cursor, f"the type of {what}"), what, depth=1)
     return types
 
@@ -227,7 +227,7 @@ def _read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, T
     for i in range(n_tensors):
         info = _read_tensor(cursor, i, alignment)
         if info.name in tensors:
-            cursor.fail(f"tensor {show(info.name)} occurs twice; convert the file again")
+            cursor.fail(f"tensor {quote(info.name)} occurs twice; convert the file again")
         tensors[info.name] = info
     data_start = align(cursor.pos, alignment)
     return {name: _place(cursor, info, data_start) for name, info in tensors.items()}
@@ -236,7 +236,7 @@ def _read_tensors(cursor: Cursor, n_tensors: int, alignment: int) -> dict[str, T
 def _read_tensor(cursor: Cursor, i: int, alignment: int) -> TensorInfo:
     """One row of the tensor table; its `offset` still counts from the start of the tensor data."""
     name = cursor.string(f"the name of tensor {i}")
-    what = f"tensor {show(name)}"
+    what = f"tensor {quote(name)}"
     n_dims = cursor.integer(4, f"the number of dimensions of {what}")
     if not 1 <= n_dims <= MAX_DIMS:
         cursor.fail(f"{what} has {n_dims} dimensions, expected 1 to {MAX_DIMS}; the file is damaged")
@@ -260,7 +260,7 @@ def _place(cursor: Cursor, info: TensorInfo, data_start: int) -> TensorInfo:
     start = data_start + info.offset
     if start + info.nbytes > cursor.size:
         cursor.fail(
-            f"tensor {show(info.name)} takes {info.nbytes:,} bytes at byte {start:,}, but the file ends at "
+            f"tensor {quote(info.name)} takes {info.nbytes:,} bytes at byte {start:,}, but the file ends at "
             f"{cursor.size:,}; it is damaged or incomplete, fetch it again"
         )
     return TensorInfo(info.name, info.shape, info.format, start, info.nbytes)
@@ -270,7 +270,8 @@ def _check_overlap(cursor: Cursor, tensors: dict[str, TensorInfo]) -> None:
     ordered = sorted(tensors.values(), key=lambda info: info.offset)
     for a, b in pairwise(ordered):
         if a.offset + a.nbytes > b.offset:
-            cursor.fail(f"tensors {show(a.name)} and {show(b.name)} overlap at byte {b.offset:,}; the file is damaged")
+            names = f"{quote(a.name)} and {quote(b.name)}"
+            cursor.fail(f"tensors {names} overlap at byte {b.offset:,}; the file is damaged")
 
 
 def align(n_bytes: int, alignment: int) -> int:

@@ -3,7 +3,8 @@ contents."""
 
 from __future__ import annotations
 
-from ..kernels.errors import AuricleError, show
+from ..kernels.errors import AuricleError
+from ..kernels.quote import quote
 from .gguf import GGUFFile
 
 MODEL, ADAPTER, IMATRIX = "model", "adapter", "imatrix"
@@ -30,4 +31,4 @@ def expect_kind(file: GGUFFile, wanted: str, error: type[AuricleError], remedy: 
     """Raises `error` for a file that is for something else, with what it is and what to do."""
     found = find_kind(file)
     if found != wanted:
-        raise error(f"{file.where} is {USES.get(found, f'of the type {show(found)}')}; {remedy}")
+        raise error(f"{file.where} is {USES.get(found, f'of the type {quote(found)}')}; {remedy}")

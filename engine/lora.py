@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..kernels.dequantize import dequantize
-from ..kernels.errors import show
 from ..kernels.formats import F32
+from ..kernels.quote import quote
 from .gguf import GGUFFile, TensorInfo, open_gguf
 from .graph import Graph, Node, Operand, Value, replay
 from .kinds import ADAPTER, expect_kind
@@ -108,7 +108,7 @@ def read_lora(file: GGUFFile, scale: float, architecture: str) -> dict[str, LowR
     bases = {name.removesuffix(end): None for name in file.tensors for end in (A, B) if name.endswith(end)}
     strange = next((name for name in file.tensors if not name.endswith((A, B))), None)
     if strange is not None or not bases:
-        what = "has no pair" if strange is None else f"holds {show(strange)}, which is neither {A} nor {B}"
+        what = "has no pair" if strange is None else f"holds {quote(strange)}, which is neither {A} nor {B}"
         raise LoraError(f"{file.where}: the adapter {what}; only plain LoRA is read, convert it again")
     return {name: read_pair(file, name, scale, alpha) for name in bases}
 
@@ -118,11 +118,11 @@ def read_alpha(file: GGUFFile, architecture: str) -> float:
     found = file.get("adapter.type", str)
     if found != ADAPTER_TYPE:
         raise LoraError(
-            f"{file.where}: adapter.type is {show(found)}, not {ADAPTER_TYPE!r}; give a file of auricle convert --lora"
+            f"{file.where}: adapter.type is {quote(found)}, not {ADAPTER_TYPE!r}; give a file of auricle convert --lora"
         )
     found = file.get("general.architecture", str)
     if found != architecture:
-        raise LoraError(f"{file.where}: an adapter for {show(found)}, and the model is {show(architecture)}")
+        raise LoraError(f"{file.where}: an adapter for {quote(found)}, and the model is {quote(architecture)}")
     return file.get(ALPHA_KEY, float, 0.0)
 
 
@@ -131,19 +131,19 @@ def read_pair(file: GGUFFile, name: str, scale: float, alpha: float) -> LowRank:
     for end in (A, B):
         if name + end not in file.tensors:
             raise LoraError(
-                f"{file.where}: {show(name + end)} is missing beside its counterpart; convert the adapter again"
+                f"{file.where}: {quote(name + end)} is missing beside its counterpart; convert the adapter again"
             )
     a, b = (file.tensors[name + end].shape for end in (A, B))
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise LoraError(
-            f"{file.where}: the pair of {show(name)} is {list(a)} and {list(b)}, not [rank, n_in] and [n_out, rank]"
+            f"{file.where}: the pair of {quote(name)} is {list(a)} and {list(b)}, not [rank, n_in] and [n_out, rank]"
         )
     down, up = (dequantize(file.data(name + end), file.tensors[name + end].format) for end in (A, B))
     with np.errstate(over="ignore", invalid="ignore"):
         pair = LowRank(down, up * np.float32(scale * alpha / len(down) if alpha else scale))
     if not all(np.isfinite(x).all() for x in (pair.a, pair.b)):
         raise LoraError(
-            f"{file.where}: the pair of {show(name)} holds numbers that are not finite; convert the adapter again"
+            f"{file.where}: the pair of {quote(name)} holds numbers that are not finite; convert the adapter again"
         )
     return pair
 
@@ -152,13 +152,13 @@ def check_fit(path: Path, name: str, pair: LowRank, shapes: Mapping[str, tuple[i
     """Raises LoraError for a change of a tensor that the model does not have, or has in another shape."""
     if name not in shapes:
         raise LoraError(
-            f"{path}: the adapter changes {show(name)}, which is no tensor of {model}; it is for another model"
+            f"{path}: the adapter changes {quote(name)}, which is no tensor of {model}; it is for another model"
         )
     if not is_adaptable(name, shapes[name]):
-        raise LoraError(f"{path}: the adapter changes {show(name)}, and only matrices of linear maps can be changed")
+        raise LoraError(f"{path}: the adapter changes {quote(name)}, and only matrices of linear maps can be changed")
     if shapes[name] != pair.shape:
         raise LoraError(
-            f"{path}: the adapter makes {show(name)} {list(pair.shape)}, and in {model} it is {list(shapes[name])}; "
+            f"{path}: the adapter makes {quote(name)} {list(pair.shape)}, and in {model} it is {list(shapes[name])}; "
             "it is for another model"
         )
 

@@ -106,7 +106,7 @@ def test_ranks_may_differ(folder: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", folder / "checkpoint", rank=4)
     other = write_adapter(tmp_path / "b", folder / "checkpoint", r".*\.v_proj", rank=2)
     save_file(load_file(adapter / WEIGHTS) | load_file(other / WEIGHTS), adapter / WEIGHTS)
-    with pytest.raises(ConversionError, match="says r = 4, and the tensors' rank is"):
+    with pytest.raises(ConversionError, match="says r = 4: the tensors' rank is"):
         plan_lora(adapter)
     change_json(adapter / CONFIG, {"rank_pattern": {"v_proj": 2}})
     assert any("rank 2, 4, alpha 8" in note for note in plan_lora(adapter).notes)
@@ -242,7 +242,7 @@ def test_against_the_model(folder: Path, tmp_path: Path) -> None:
         plan_lora(wide, base=folder / "f32.gguf")
     with pytest.raises(ConversionError, match=r"surplus \(14\): base_model.model.language_model.layers.1."):
         plan_lora(more, base=tmp_path / "other.gguf")
-    with pytest.raises(ConversionError, match="is no moss_audio model"):
+    with pytest.raises(ConversionError, match="is a LoRA adapter; give it with --lora beside a model"):
         plan_lora(more, base=folder / "lora.gguf")
 
 
@@ -385,7 +385,7 @@ def test_commands_that_are_none(folder: Path, tmp_path: Path) -> None:
     fail(3, "is a directory", "convert", folder / "checkpoint", *out, "--lora", adapter)
     fail(2, "is no scale", "quantize", folder / "f32.gguf", out[1], "--lora", "x.gguf:much")
     fail(2, "is no scale", "plan", "-m", folder / "f32.gguf", "--lora", "x.gguf:much")
-    fail(3, "general.type is", "plan", "-m", folder / "f32.gguf", "--lora", folder / "f32.gguf")
+    fail(3, "is a model; give it with -m", "plan", "-m", folder / "f32.gguf", "--lora", folder / "f32.gguf")
     assert not list(tmp_path.iterdir())
 
 

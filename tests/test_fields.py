@@ -13,7 +13,8 @@ from auricle.convert import documents
 from auricle.convert.documents import Document, parse_document, read_document
 from auricle.convert.source import ConversionError
 from auricle.engine.fields import WORDS, Fields, as_kind
-from auricle.kernels.errors import AuricleError, show, show_name
+from auricle.kernels.errors import AuricleError
+from auricle.kernels.quote import quote
 
 VALUES: dict[str, Any] = {
     "int": 3, "float": 0.5, "str": "x", "bool": True, "dict": {"a": 1}, "ints": [1, 2], "floats": [1, 0.5],
@@ -97,15 +98,9 @@ def test_whole_numbers_serve_as_numbers_and_keep_none_of_their_kind() -> None:
     ids=["controls", "long", "half", "digits", "list", "nothing"],
 )
 def test_values_are_shown_in_a_short_harmless_line(value: Any, shown: str) -> None:
-    assert show(value) == shown
-    assert len(show([value] * 1000)) < 100
-    assert "\n" not in show({"a": [value]})
-
-
-def test_names_are_plain_where_they_are_harmless() -> None:
-    assert show_name("llm.blk.0") == "llm.blk.0"
-    assert show_name("a\x1b[2J") == r"'a\x1b[2J'"
-    assert show_name("x" * 81) == f"'{'x' * 80}…'"
+    assert quote(value) == shown
+    assert len(quote([value] * 1000)) < 100
+    assert "\n" not in quote({"a": [value]})
 
 
 # JSON.

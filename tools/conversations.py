@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from ..convert.documents import parse_document
 from ..engine.fields import as_kind
-from ..kernels.errors import AuricleError, show, show_path
+from ..kernels.errors import AuricleError
+from ..kernels.quote import quote
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["audio", "text"]
@@ -62,19 +63,19 @@ def read_conversations(path: str | Path, limit: int | None = None) -> list[Conve
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ConversationError(f"{show_path(path)} cannot be read: it is not a regular file")
+        raise ConversationError(f"{path} cannot be read: it is not a regular file")
     found: list[Conversation] = []
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, text in _lines(path, file):
-                found.append(parse_line(text, f"{show_path(path)}, line {number}", number, path.parent))
+                found.append(parse_line(text, f"{path}, line {number}", number, path.parent))
                 if len(found) == limit:
                     break
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConversationError(f"{show_path(path)} cannot be read: {reason}") from error
+        raise ConversationError(f"{path} cannot be read: {reason}") from error
     if not found:
-        raise ConversationError(f"{show_path(path)} holds no conversation; write one JSON object a line")
+        raise ConversationError(f"{path} holds no conversation; write one JSON object a line")
     return found
 
 
@@ -84,7 +85,7 @@ def _lines(path: Path, file: Any) -> Iterator[tuple[int, str]]:
         number += 1
         if len(text) > MAX_LINE:
             raise ConversationError(
-                f"{show_path(path)}, line {number}: longer than {MAX_LINE} characters; write one request a line"
+                f"{path}, line {number}: longer than {MAX_LINE} characters; write one request a line"
             )
         if text.strip():
             yield number, text
@@ -109,7 +110,7 @@ def _parse_turn(message: Any, where: str, folder: Path) -> Turn:
     role, kind, content = (as_kind(fields.get(key), str) for key in ("role", "message_type", "content"))
     if role not in ROLES or kind not in KINDS or content is None:
         wanted = f"role ({', '.join(ROLES)}), message_type ({', '.join(KINDS)}) and content, a text"
-        raise ConversationError(f"{where}: {show(message)} does not have {wanted}")
+        raise ConversationError(f"{where}: {quote(message)} does not have {wanted}")
     if kind == "text":
         return Turn(role, kind, content)
     if role != "user":

@@ -19,7 +19,6 @@ from ..engine.rewrite import observed_weights
 from ..engine.runtime import Runtime
 from ..engine.sampling import OptionError
 from ..engine.session import ContextError, Heard
-from ..kernels.errors import show_name, show_path
 
 MAX_NEW_TOKENS = 64
 
@@ -80,9 +79,9 @@ def run_request(runtime: Runtime, heard: Heard, prompt: Prompt, max_new_tokens: 
 def check_columns(model: Model, matrix: ImportanceMatrix, path: str) -> None:
     """Raises ConversionError for a matrix from `path` that names no weight of `model`, or one of another width."""
     if not matrix.sums.keys() & model.file.tensors.keys():
-        first = show_name(next(iter(matrix.sums)))
+        first = next(iter(matrix.sums))
         raise ConversionError(
-            f"{show_path(path)} names no weight of this model ({first} and {len(matrix.sums) - 1} others); merge only "
+            f"{path} names no weight of this model ({first} and {len(matrix.sums) - 1} others); merge only "
             "what was collected on this model"
         )
     for name, sums in matrix.sums.items():

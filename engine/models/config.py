@@ -6,7 +6,8 @@ import dataclasses
 import typing
 from typing import TYPE_CHECKING, TypeVar
 
-from ...kernels.errors import AuricleError, show
+from ...kernels.errors import AuricleError
+from ...kernels.quote import quote
 
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
@@ -31,5 +32,5 @@ def read_config(cls: type[T], file: GGUFFile, prefix: str) -> T:
             continue
         values[field.name] = file.require(key, kind)
         if kind in (int, float) and not values[field.name] > 0:
-            raise ModelError(f"{file.where}: {key} is {show(values[field.name])}; it must be positive")
+            raise ModelError(f"{file.where}: {key} is {quote(values[field.name])}; it must be positive")
     return cls(**values)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...kernels.errors import show
 from ...kernels.formats import F32
+from ...kernels.quote import quote
 from ..graph import Graph, Value
 from ..kinds import MODEL, expect_kind
 from .config import ModelError, read_config
@@ -94,7 +94,7 @@ def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
     expect_kind(file, MODEL, ModelError, "a model is wanted here")
     architecture = file.require("general.architecture", str)
     if architecture != ARCHITECTURE:
-        raise ModelError(f"{file.where}: architecture is {show(architecture)}; this engine runs {ARCHITECTURE!r}")
+        raise ModelError(f"{file.where}: architecture is {quote(architecture)}; this engine runs {ARCHITECTURE!r}")
     n_taps = file.require("moss_audio.deepstack.num_taps", int, within=(0, MAX_TAPS))
     config = MossAudioConfig(
         encoder=read_config(EncoderConfig, file, "moss_audio.enc"),

@@ -27,7 +27,7 @@ from ...engine.models.moss_audio import MAX_WINDOW
 from ...engine.prompts import SpecialIds
 from ...engine.tokenizer import Tokenizer
 from ...kernels.dequantize import dequantize
-from ...kernels.errors import AuricleError, show_path
+from ...kernels.errors import AuricleError
 from ..oracle.model import MossAudio, open_world, read_tensor
 from .batches import Codec, make_codec
 
@@ -46,7 +46,7 @@ def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
     """
     config = read_document(folder / CONFIG)
     if config is None:
-        raise FolderError(f"{show_path(folder)} has no {CONFIG}; give the folder of a Hugging Face checkpoint")
+        raise FolderError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face checkpoint")
     processor = read_processor(folder)
     key = "language_config.vocab_size" if config.look_up("language_config.vocab_size") is not None else "vocab_size"
     n_vocab = config.require(key, int, within=(1, MAX_VOCABULARY))
@@ -57,7 +57,7 @@ def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
     tokenizer = Tokenizer.from_metadata(metadata)
     end_id = tokenizer.id_of("<|im_end|>")
     if end_id is None:
-        raise FolderError(f"{show_path(folder)}: the tokenizer has no <|im_end|>; training needs it to end answers")
+        raise FolderError(f"{folder}: the tokenizer has no <|im_end|>; training needs it to end answers")
     special = SpecialIds(audio["audio_token_id"], audio["audio_start_id"], audio["audio_end_id"])
     if time_markers is None:
         time_markers = processor.get("enable_time_marker", bool, True)
