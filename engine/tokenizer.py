@@ -31,6 +31,7 @@ DEFAULT_PRE = "qwen2"  # files without `tokenizer.ggml.pre` come from converters
 # Ids of audio slots. Their text, where there is one, is never read from a prompt: only the prompt builder places them.
 PLACEHOLDER_KEYS = ("audio_token_id", "audio_start_id", "audio_end_id")
 
+MAX_SPECIAL = 1 << 18  # letters in all special tokens together: one pattern finds them
 SPACE_MARK = "▁"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -98,6 +99,9 @@ class Tokenizer:
             vocabulary, codec = _sentence_piece(fields)
         else:
             raise fields.complaint("tokenizer.ggml.model", "this program reads 'gpt2' and 'llama'")
+        kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+        if sum(len(vocabulary.tokens[i]) for i in vocabulary.of_type(*kinds)) > MAX_SPECIAL:
+            raise fields.complaint("tokenizer.ggml.token_type", f"special tokens have {MAX_SPECIAL:,} letters at most")
         return cls(vocabulary, codec, _placeholder_ids(fields))
 
     def encode(self, text: str) -> list[int]:

@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "added token 9 says content = 3: it must be a text",
     ),
     "half a character": (
-        lambda folder: (folder / "added_tokens.json").write_text('{"\\\\ud800": 500}'),
+        lambda folder: (folder / "added_tokens.json").write_text(r'{"\ud800": 500}'),
         "half a character",
     ),
     "an id of 5,000 digits": (
@@ -342,7 +342,7 @@ def header(**entries: Any) -> bytes:
     (b"\xff" * 8 + b"{}", "no whole safetensors file"),
     ((2).to_bytes(8, "little") + b"[]", "header that is a list"),
     ((16).to_bytes(8, "little") + b'{"a": 1, "a": 2}', "'a' is in the header twice"),
-    ((9999).to_bytes(8, "little") + b"[" * 9999, "header that is not JSON"),
+    ((9999).to_bytes(8, "little") + b"[" * 9999, "header is not JSON"),
     (header(a=5), "tensor a has a damaged header entry: "),
     (header(a={"dtype": "F4", "shape": [], "data_offsets": [0, 1]}), "unknown dtype 'F4'"),
     (header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}), "tensor a has a damaged header entry"),
@@ -355,7 +355,7 @@ def header(**entries: Any) -> bytes:
     (header(**{"a\ud800": {}}), "half a character"),
     (header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}), "needs 8 bytes, its header gives it 4"),
     (header(a={"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}), "starts at byte"),
-    (header(a={"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**126]}), "is truncated"),
+    (header(a={"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**126]}), "damaged header entry"),
 ])  # fmt: skip
 def test_nonsense_in_a_header(shard_folder: Path, raw: bytes, message: str) -> None:
     (shard_folder / WEIGHTS).write_bytes(raw)

@@ -151,6 +151,14 @@ def widened(name: str):
     return change
 
 
+def other_mels(metadata: dict, tensors: dict) -> None:
+    metadata["moss_audio.enc.num_mel_bins"] = u32(120)
+    (n_out, n_in), fmt, data = tensors["enc.stem_proj.weight"]
+    narrow = data.view("<f4").reshape(n_out, n_in)[:, : n_in // 16 * 15]
+    tensors["enc.stem_proj.weight"] = (narrow.shape, fmt, np.ascontiguousarray(narrow).view(np.uint8))
+    del tensors["audio.mel_filters"]
+
+
 def reshaped(metadata: dict, tensors: dict) -> None:
     shape, fmt, data = tensors["llm.blk.0.ffn.up.weight"]
     tensors["llm.blk.0.ffn.up.weight"] = (shape[::-1], fmt, data.reshape(shape[1], -1))
@@ -170,6 +178,7 @@ def reshaped(metadata: dict, tensors: dict) -> None:
         (setting("moss_audio.deepstack.num_inject_layers", i32(-1)), "num_inject_layers is -1"),
         (halved("audio.mel_filters"), "audio.mel_filters is F16; it must be F32"),
         (widened("audio.mel_window"), r"audio.mel_window is \[800\]; the keys ask for \[400\]"),
+        (other_mels, "tensor audio.mel_filters is missing, for other than 128 bins"),
         (lambda m, t: m.pop("moss_audio.llm.head_dim"), "lacks moss_audio.llm.head_dim"),
         (lambda m, t: m.update({"general.architecture": string("whisper")}), "architecture is 'whisper'"),
     ],

@@ -286,6 +286,18 @@ def test_a_lost_merge_of_letters_that_are_no_tokens_stays_lost():
     assert restore_merges(merges, tokens, both, range(len(tokens))) == [merges[0], ("x", "y"), *merges[1:]]
 
 
+def test_special_tokens_without_end():
+    """A pattern of a whole vocabulary would take minutes to make."""
+    metadata = small_metadata()
+    n = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["<" + "x" * 98 + ">"] * 2622
+    metadata["tokenizer.ggml.token_type"] += [3] * 2622
+    with pytest.raises(TokenizerError, match="special tokens have 262,144 letters at most"):
+        Tokenizer.from_metadata(metadata)
+    metadata["tokenizer.ggml.token_type"][n + 100 :] = [1] * 2522
+    Tokenizer.from_metadata(metadata)
+
+
 def test_text_that_is_no_unicode():
     with pytest.raises(TokenizerError, match="at character 3"):
         small().encode("abc\udc80")

@@ -17,6 +17,7 @@ from ...kernels.formats import F32
 from ...kernels.quote import quote
 from ..graph import Graph, Value
 from ..kinds import MODEL, expect_kind
+from ..mel import N_MELS
 from .config import ModelError, read_config
 from .qwen3 import DecoderConfig, Head, Inject, build_decoder
 
@@ -29,6 +30,7 @@ TIME_MARKERS_DEFAULT = True  # published files lack the key
 MAX_CONTEXT = 1 << 24  # tokens
 MAX_WINDOW = 1 << 14  # half the frames of a window
 MAX_TAPS = 64
+MEL_FILTERS = "audio.mel_filters"
 ENCODER_TENSORS, DECODER_TENSORS = 15, 11  # of each layer
 
 # Parts of the model, for totals: the first pattern that matches a tensor's name.
@@ -141,10 +143,12 @@ def check_tensors(c: MossAudioConfig, file: GGUFFile) -> None:
     encoder = encoder_graph(c, 1, c.encoder.window_frames, c.encoder.window_frames // 8)
     decoder = decoder_graph(c, 1, 1, head="all", with_audio=True)
     wanted = {leaf.name: leaf.shape for leaf in encoder.leaves_of("weight") + decoder.leaves_of("weight")}
-    tables = {"audio.mel_filters": (201, c.encoder.num_mel_bins), "audio.mel_window": (400,)}
+    tables = {MEL_FILTERS: (201, c.encoder.num_mel_bins), "audio.mel_window": (400,)}
     for name, shape in (wanted | tables).items():
         info = file.tensors.get(name)
         if info is None:
+            if name == MEL_FILTERS and c.encoder.num_mel_bins != N_MELS:
+                raise ModelError(f"{file.where}: tensor {name} is missing, for other than {N_MELS} bins; convert again")
             if name in wanted:
                 raise ModelError(f"{file.where}: tensor {name} is missing; convert the checkpoint again")
             continue
