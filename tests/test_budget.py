@@ -345,7 +345,7 @@ def test_the_command(folder: Path) -> None:
         (["quantize", source, out, "--sensitivity", report], 2, "--target-size and --sensitivity go together"),
         ([*arguments[:4], "big", *arguments[5:]], 2, "'big' is no size"),
         ([*arguments, "--encoder-floor", "q9"], 6, "there is no type 'q9'"),
-        ([*arguments[:6], source], 6, "is no sensitivity report"),
+        ([*arguments[:6], source], 6, "is not JSON"),
     ):
         status, text, notes = auricle(*wrong)
         assert (status, notes.count("\n")) == (expected, 1), notes
