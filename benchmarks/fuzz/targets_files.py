@@ -132,7 +132,7 @@ def changes(data: bytes) -> Iterator[tuple[int, Typed]]:
     for line in data.split(b"\n")[:8]:
         if len(line) < 4:
             continue
-        kind = KINDS[line[2] % len(KINDS)]
+        kind = KINDS[(line[2] & 0x7F) % len(KINDS)]
         value = Typed(kind, line[3:].decode("utf-8", "replace"))
         is_list = line[2] & 0x80
         if kind is ValueType.STRING and is_list:
