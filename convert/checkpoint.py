@@ -112,18 +112,18 @@ def read_header(shard: Path) -> list[SourceTensor]:
             text = file.read(length)
     except OSError as error:
         raise ConversionError(f"{shard} cannot be read: {error.strerror}") from error
-    where, header = shard, _parse_header(shard, text)
+    header = _parse_header(shard, text)
     tensors = [_parse_tensor(shard, name, entry, 8 + length) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = 8 + length
     for tensor in tensors:
         if tensor.offset != end:
-            raise ConversionError(f"{where}: tensor {tensor.name} starts at byte {tensor.offset}, not at {end}")
+            raise ConversionError(f"{shard}: tensor {tensor.name} starts at byte {tensor.offset}, not at {end}")
         end += tensor.nbytes
     if end > size:
-        raise ConversionError(f"{where} is truncated: its header asks for {end} bytes, it has {size}; fetch it again")
+        raise ConversionError(f"{shard} is truncated: its header asks for {end} bytes, it has {size}; fetch it again")
     if end < size:
-        raise ConversionError(f"{where} has {size - end} bytes after its last tensor: fetch it again")
+        raise ConversionError(f"{shard} has {size - end} bytes after its last tensor: fetch it again")
     return tensors
 
 
