@@ -11,13 +11,13 @@ never does more damage. Knows names, sizes and damage; reads no weights of matri
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +25,13 @@ import numpy as np
 from ..engine.gguf import GGUFFile, Typed, align, string, u64
 from ..engine.models.moss_audio import part_of
 from ..kernels.formats import BY_NAME, F16, F32, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Format
+from ..kernels.quote import quote
+from .documents import Document, parse_document, read_whole
 from .recipes import CONVOLUTIONS, ENCODER_FLOOR, KEPT, Recipe, Rule, fit_rows
 from .source import ConversionError
 
 FORMAT, VERSION = "auricle.sensitivity", 1
+REPORT_REMEDY = "give the file of auricle diff --sensitivity"
 BUDGET_KEYS = "auricle.budget."  # begins the keys that record how types came about
 CANDIDATES = (Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, F16)
 ENCODER_PARTS = ("encoder", "adapter", "deepstack")
@@ -125,29 +128,28 @@ class Report:
 
 def read_report(path: str | os.PathLike[str]) -> Report:
     """Raises ConversionError for what is no report of `auricle diff --sensitivity`."""
-    remedy = "give the file of auricle diff --sensitivity"
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
-    try:
-        facts = json.loads(data)
-        if (facts["format"], facts["version"]) != (FORMAT, VERSION):
-            raise ConversionError(f"{path}: is {facts['format']} {facts['version']}, not {FORMAT} {VERSION}; {remedy}")
-        damage = {t["name"]: {k: float(v["kl"]) for k, v in t["types"].items()} for t in facts["tensors"]}
-        shapes = {t["name"]: tuple(int(n) for n in t["shape"]) for t in facts["tensors"]}
-        name, fingerprint = str(facts["model"]["name"]), str(facts["model"]["fingerprint"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ConversionError(f"{path} is no sensitivity report; {remedy}") from None
-    for tensor, types in damage.items():
-        if (
-            not types
-            or not all(math.isfinite(x) and x >= 0 for x in types.values())
-            or not types.keys() <= set(BY_NAME)
-        ):
-            raise ConversionError(f"{path}: the damage of {tensor} is missing or no number; measure it again")
-    return Report(str(path), name, fingerprint, hashlib.sha256(data).hexdigest(), shapes, damage)
+    data = read_whole(Path(path), remedy=REPORT_REMEDY)
+    if data is None:
+        raise ConversionError(f"{path} cannot be read: there is no such file; {REPORT_REMEDY}")
+    report = parse_document(data, path, remedy=REPORT_REMEDY)
+    stated = report.require("format", str), report.require("version", int)
+    if stated != (FORMAT, VERSION):
+        raise ConversionError(f"{report.where} is {stated[0]} {stated[1]}, not {FORMAT} {VERSION}; {REPORT_REMEDY}")
+    shapes, damage = {}, {}
+    for n, entry in enumerate(report.require("tensors", list[dict])):
+        tensor = report.inside(entry, f"tensor {n}")
+        name = tensor.require("name", str)
+        shapes[name] = tuple(tensor.require("shape", list[int]))
+        damage[name] = _read_damage(tensor, name)
+    about = report.require("model.name", str), report.require("model.fingerprint", str)
+    return Report(str(path), *about, hashlib.sha256(data).hexdigest(), shapes, damage)
+
+
+def _read_damage(tensor: Document, name: str) -> dict[str, float]:
+    types = tensor.require("types", dict)
+    if not types or not types.keys() <= set(BY_NAME):
+        raise tensor.complaint("types", f"the damage of {name} is missing; measure it again")
+    return {key: tensor.require(f"types.{key}.kl", float, within=(0.0, math.inf)) for key in types}
 
 
 def fingerprint(file: GGUFFile) -> str:
@@ -193,7 +195,7 @@ class Budget:
         else:
             return
         raise ConversionError(
-            f"{self.report.path} was measured on another model ({self.report.model!r}): {reason}; measure this one"
+            f"{self.report.path} was measured on another model ({quote(self.report.model)}): {reason}; measure this one"
         )
 
     def describe(self) -> dict[str, Typed]:
@@ -253,4 +255,4 @@ def _file_type(picked: Mapping[str, Option]) -> int:
 
 
 def _show(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else " x ".join(map(str, shape))
+    return "absent" if shape is None else " x ".join(map(str, shape[:8]))

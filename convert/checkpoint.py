@@ -5,14 +5,17 @@ Knows files, dtypes and offsets. Does not know what a tensor means, nor any GGUF
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..engine.fields import Fields
 from ..kernels.formats import BF16, F16, F32, Format
+from ..kernels.quote import quote
+from .documents import Document, parse_json, read_document
 from .source import ConversionError, Source, SourceTensor
 
 CONFIG = "config.json"
@@ -30,13 +33,16 @@ FLOATS: dict[str, Format] = {"F32": F32, "F16": F16, "BF16": BF16}
 
 # The safetensors format's own limit: a longer header is refused before it is read.
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS, MAX_NAME = 8, 256
+ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
+_SHARD_NAME = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 
 
 class Checkpoint(Source):
     """An opened folder. `config` is config.json; `files` are the shards, in name order."""
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], tensors: dict[str, SourceTensor], shards: tuple[Path, ...]
+        self, directory: Path, config: Document, tensors: dict[str, SourceTensor], shards: tuple[Path, ...]
     ) -> None:
         super().__init__(tensors, shards)
         self.directory = directory
@@ -52,7 +58,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise ConversionError(f"{directory} is not a folder: give the folder of a Hugging Face checkpoint")
-    config = read_json(directory / CONFIG)
+    config = read_document(directory / CONFIG)
     if config is None:
         raise ConversionError(f"{directory} has no {CONFIG}: give the folder of a Hugging Face checkpoint")
     shards, listed = _find_shards(directory)
@@ -69,38 +75,24 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     return Checkpoint(directory, config, tensors, shards)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, None when there is no such file; ConversionError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not JSON ({_first_line(error)}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}, not a JSON object: fetch it again")
-    return content
-
-
 def _find_shards(directory: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     """The shard files, and the index's {tensor name: file name} (empty for a single file)."""
     if (directory / SINGLE).exists():
         return (directory / SINGLE,), {}
-    index = read_json(directory / INDEX)
+    index = read_document(directory / INDEX)
     if index is None:
         raise ConversionError(f"{directory} has neither {SINGLE} nor {INDEX}: only safetensors weights are converted")
-    listed = index.get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise ConversionError(f"{directory / INDEX} has no weight_map of names: fetch it again")
+    listed = index.require("weight_map", dict)
+    for name in listed.values():
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise ConversionError(
+                f"{INDEX} lists {quote(name)}: a shard is a .safetensors file in the checkpoint's own folder"
+            )
     names = sorted(set(listed.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ConversionError(f"{INDEX} lists {name!r}: a shard must lie in the checkpoint's own folder")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise ConversionError(f"{directory} lacks shards that {INDEX} lists: {', '.join(missing)}; fetch them")
+        first = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ConversionError(f"{directory} lacks shards that {INDEX} lists: {first}; fetch them")
     return tuple(directory / name for name in names), listed
 
 
@@ -109,6 +101,8 @@ def read_header(shard: Path) -> list[SourceTensor]:
 
     Raises ConversionError for a file that is none, is cut short or contradicts itself.
     """
+    if not shard.is_file():
+        raise ConversionError(f"{shard} is not a regular file; fetch it again")
     try:
         with shard.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -138,13 +132,10 @@ def _parse_header(shard: Path, text: bytes) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise ConversionError(f"{shard}: {twice!r} is in the header twice")
+            raise ConversionError(f"{shard}: {quote(twice)} is in the header twice")
         return content
 
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{shard} has a header that is not JSON ({_first_line(error)})") from error
+    header = parse_json(text, f"{shard}, header", pairs=refuse_duplicates)
     if not isinstance(header, dict):
         raise ConversionError(f"{shard} has a header that is a {type(header).__name__}, not a JSON object")
     header.pop("__metadata__", None)
@@ -152,23 +143,20 @@ def _parse_header(shard: Path, text: bytes) -> dict[str, Any]:
 
 
 def _parse_tensor(shard: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or not isinstance(dtype, str):
-        raise ConversionError(f"{shard}: tensor {name} has a damaged header entry: {str(entry)[:120]}")
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise ConversionError(f"{shard} has a tensor of the name {quote(name)}: no model has such")
+    where = f"{shard}: tensor {name}"
+    if not isinstance(entry, dict):
+        raise ConversionError(f"{where} has a damaged header entry: {quote(entry)}")
+    fields = Fields(entry, where, ConversionError, "fetch it again")
+    dtype, shape, span = (fields.require(key, kind) for key, kind in ENTRY.items())
+    if len(shape) > MAX_DIMS or len(span) != 2 or not all(0 <= n < 1 << 63 for n in (*shape, *span)):
+        raise ConversionError(f"{where} has a damaged header entry: {quote(entry)}")
     if dtype not in DTYPE_BYTES:
-        raise ConversionError(f"{shard}: tensor {name} has the unknown dtype {dtype[:40]!r}")
+        raise ConversionError(f"{where} has the unknown dtype {quote(dtype)}")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if span[1] - span[0] != nbytes:
         raise ConversionError(
-            f"{shard}: tensor {name} ({dtype} {shape}) needs {nbytes} bytes, its header gives it {span[1] - span[0]}"
+            f"{where} ({dtype} {shape}) needs {nbytes} bytes, its header gives it {span[1] - span[0]}"
         )
     return SourceTensor(name, dtype, FLOATS.get(dtype), tuple(shape), shard, data_start + span[0], nbytes)
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

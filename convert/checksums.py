@@ -32,10 +32,12 @@ def hash_tensors(path: str | Path, jobs: int | None = None, progress: Progress |
     """{tensor name: SHA-256 in hex} in the order of the file, the metadata's first. Raises GGUFError."""
     with open_gguf(path) as file:
         source = source_of_gguf(file)
-    size = source.files[0].stat().st_size
-    spans = {METADATA: (0, min((t.offset for t in source.tensors.values()), default=size))}
-    spans |= {name: (t.offset, t.offset + t.nbytes) for name, t in source.tensors.items()}
-    meter = Meter("verifying", sum(stop - start for start, stop in spans.values()), progress)
+    spans = {}
+    for n, part in enumerate(source.files):
+        first = min((t.offset for t in source.tensors.values() if t.file == part), default=part.stat().st_size)
+        spans[METADATA if n == 0 else f"{METADATA[:-1]} of part {n + 1})"] = part, 0, first
+    spans |= {name: (t.file, t.offset, t.offset + t.nbytes) for name, t in source.tensors.items()}
+    meter = Meter("verifying", sum(stop - start for _, start, stop in spans.values()), progress)
     with source:
         tasks = (partial(_hash_span, source, *span, meter) for span in spans.values())
         return dict(zip(spans, run_in_order(tasks, jobs or count_cores()), strict=True))
@@ -73,9 +75,9 @@ def compare_manifest(digests: Mapping[str, str], manifest: Mapping[str, str]) ->
     return wrong | {name: "not in the manifest" for name in here if name not in manifest}
 
 
-def _hash_span(source: Source, start: int, stop: int, meter: Meter) -> str:
+def _hash_span(source: Source, file: Path, start: int, stop: int, meter: Meter) -> str:
     digest = hashlib.sha256()
-    for piece in source.read_span(source.files[0], start, stop, _CHUNK_BYTES):
+    for piece in source.read_span(file, start, stop, _CHUNK_BYTES):
         digest.update(piece)
         meter.advance(len(piece))
     return digest.hexdigest()

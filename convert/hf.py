@@ -14,8 +14,10 @@ import numpy as np
 from ..engine.gguf import Typed, boolean, string, u32
 from ..engine.lora import LoraSpec, parse_lora
 from ..engine.mel import hann_window, mel_filters
-from .checkpoint import CONFIG, FLOATS, Checkpoint, open_checkpoint, read_json
-from .hyperparameters import Hyperparameters, check_mel, look_up, read_hyperparameters
+from ..kernels.quote import quote
+from .checkpoint import CONFIG, FLOATS, Checkpoint, open_checkpoint
+from .documents import REMEDY, Document, read_document
+from .hyperparameters import Hyperparameters, check_mel, read_hyperparameters
 from .merge import plan_merge
 from .names import moss_audio as names
 from .names.table import Target, compare, evaluate_shape, expand, fold
@@ -26,7 +28,7 @@ from .source import ConversionError
 from .stream import convert
 from .vocabulary import Vocabulary, read_vocabulary
 
-__all__ = ["convert", "plan_conversion"]
+__all__ = ["convert", "find_audio_ids", "plan_conversion", "read_processor", "read_world"]
 
 PROCESSOR, GENERATION = "processor_config.json", "generation_config.json"
 
@@ -49,12 +51,10 @@ def plan_conversion(
     """
     recipe = find_recipe(type_name)
     checkpoint = open_checkpoint(checkpoint_dir)
-    settings = read_hyperparameters(checkpoint)
-    targets = expand(names.TENSORS, settings.values, settings.flags)
-    dropped = _check_world(checkpoint, targets, settings)
-    processor = read_json(checkpoint.directory / PROCESSOR) or {}
-    check_mel(processor, int(settings.values["enc.num_mel_bins"]), PROCESSOR)
-    audio_ids = _find_audio_ids(processor, checkpoint.config, int(settings.values["llm.vocab_size"]))
+    settings, targets, dropped = read_world(checkpoint)
+    processor = read_processor(checkpoint.directory)
+    check_mel(processor, int(settings.values["enc.num_mel_bins"]))
+    audio_ids = find_audio_ids(processor, checkpoint.config, int(settings.values["llm.vocab_size"]))
     placeholders = {text: audio_ids[key] for key, _, text in names.AUDIO_TOKENS}
     vocabulary = read_vocabulary(checkpoint.directory, int(settings.values["llm.vocab_size"]), placeholders)
     time_markers = _read_time_markers(processor, vocabulary)
@@ -78,6 +78,22 @@ def plan_conversion(
     plan = make_plan(checkpoint, wanted, recipe, metadata | merged, **choices)
     inputs = (checkpoint.directory, *(parse_lora(spec)[0] for spec in lora))
     return replace(plan, computed=computed, dropped=dropped, hash_source=True, inputs=inputs)
+
+
+def read_world(checkpoint: Checkpoint) -> tuple[Hyperparameters, dict[str, Target], dict[str, str]]:
+    """What config.json says, what each tensor becomes, and {dropped tensor: why}.
+
+    Raises ConversionError unless the checkpoint holds exactly the tensors that config.json describes, in its shapes.
+    """
+    settings = read_hyperparameters(checkpoint)
+    targets = expand(names.TENSORS, settings.values, settings.flags)
+    return settings, targets, _check_world(checkpoint, targets, settings)
+
+
+def read_processor(directory: Path) -> Document:
+    """processor_config.json; one that says nothing where there is none."""
+    path = directory / PROCESSOR
+    return read_document(path) or Document({}, path, ConversionError, REMEDY)
 
 
 def _compute(settings: Hyperparameters) -> dict[str, np.ndarray]:
@@ -115,22 +131,22 @@ def _check_world(checkpoint: Checkpoint, targets: dict[str, Target], settings: H
     return dropped
 
 
-def _find_audio_ids(processor: dict, config: dict, n_vocab: int) -> dict[str, int]:
+def find_audio_ids(processor: Document, config: Document, n_vocab: int) -> dict[str, int]:
     """{key: token id} of the three audio placeholders: from the processor, the configuration, or the family's own."""
     ids = {}
     for key, usual, text in names.AUDIO_TOKENS:
-        stated = next((source[key] for source in (processor, config) if source.get(key) is not None), None)
+        stated = processor.get(key, int, config.get(key, int))
         ids[key] = usual if stated is None else stated
-        if type(ids[key]) is not int or not 0 <= ids[key] < n_vocab:
+        if not 0 <= ids[key] < n_vocab:
             where = f"{PROCESSOR} and {CONFIG} lack {key}, and the usual" if stated is None else f"{key} ="
-            raise ConversionError(f"{where} {ids[key]!r} is no row of the embedding (0 to {n_vocab - 1}) for {text}")
+            raise ConversionError(
+                f"{where} {quote(ids[key])} is no row of the embedding (0 to {n_vocab - 1}) for {text}"
+            )
     return ids
 
 
-def _read_time_markers(processor: dict, vocabulary: Vocabulary) -> bool:
-    enabled = processor.get("enable_time_marker", True)
-    if not isinstance(enabled, bool):
-        raise ConversionError(f"{PROCESSOR} says enable_time_marker = {enabled!r}: it must be true or false")
+def _read_time_markers(processor: Document, vocabulary: Vocabulary) -> bool:
+    enabled = processor.get("enable_time_marker", bool, True)
     lacking = [digit for digit in "0123456789" if digit not in vocabulary.ids]
     if enabled and lacking:
         raise ConversionError(f"time markers are digits, and the tokenizer has no token {lacking[0]!r}")
@@ -139,24 +155,25 @@ def _read_time_markers(processor: dict, vocabulary: Vocabulary) -> bool:
 
 def _describe_tokens(checkpoint: Checkpoint, vocabulary: Vocabulary, audio_ids: dict[str, int]) -> dict[str, Typed]:
     """`moss_audio.*_id`: every token id the model itself relies on."""
-    generation = read_json(checkpoint.directory / GENERATION) or {}
+    generation = read_document(checkpoint.directory / GENERATION)
     ids = {
         key: _find_token(checkpoint.config, generation, vocabulary, key, text) for key, text in names.TEXT_TOKENS
     } | audio_ids
     return {f"{names.ARCHITECTURE}.{key}": u32(i) for key, i in ids.items()}
 
 
-def _find_token(config: dict, generation: dict, vocabulary: Vocabulary, key: str, text: str) -> int:
+def _find_token(config: Document, generation: Document | None, vocabulary: Vocabulary, key: str, text: str) -> int:
     """The id under `key` (of a list, the first) in the configuration files, else that of the token `text`."""
-    stated = (look_up(config, key), look_up(config, f"language_config.{key}"), generation.get(key))
-    for found in stated:
-        i = found[0] if isinstance(found, list) and found else found
-        if type(i) is int and 0 <= i < len(vocabulary.tokens):
-            return i
-        if i is not None and i != []:
-            raise ConversionError(
-                f"{key} = {found!r} is no token id: the vocabulary has {len(vocabulary.tokens)} tokens"
-            )
+    places = [(config, key), (config, f"language_config.{key}")] + [(generation, key)] * (generation is not None)
+    for document, path in places:
+        stated = document.look_up(path)
+        ids = document.get(path, list[int] if isinstance(stated, list) else int)
+        i = ids[0] if isinstance(ids, list) and ids else ids
+        if i is None or i == []:
+            continue
+        if not 0 <= i < len(vocabulary.tokens):
+            raise document.complaint(path, f"the vocabulary has {len(vocabulary.tokens)} tokens")
+        return i
     if text not in vocabulary.ids:
         raise ConversionError(f"{CONFIG} lacks {key}, and the tokenizer has no {text}: add the id to {CONFIG}")
     return vocabulary.ids[text]

@@ -6,12 +6,15 @@ or the tokenizer's files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..engine.gguf import Typed, ValueType, f32, u32
+from ..kernels.quote import quote
 from .checkpoint import CONFIG, Checkpoint, ConversionError
+from .documents import Document
 from .names import moss_audio as names
 from .names.table import KeyRow
 
@@ -44,7 +47,7 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     """
     config = checkpoint.config
     _check_family(config)
-    _check_fixed(config, names.FIXED, CONFIG)
+    _check_fixed(config, names.FIXED)
     values = {row.key: _read_value(config, row) for row in names.KEYS}
     taps, n_injected = _read_taps(config, values)
     values["deepstack.num_inject_layers"] = n_injected
@@ -57,68 +60,50 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     return Hyperparameters(values, taps, frozenset(flags))
 
 
-def look_up(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path, None where there is none."""
-    node: Any = config
-    for key in path.split("."):
-        if not isinstance(node, Mapping):
-            return None
-        node = node.get(key)
-    return node
-
-
-def check_mel(settings: Mapping[str, Any] | None, n_mels: int, source: str) -> None:
+def check_mel(processor: Document, n_mels: int) -> None:
     """Raise ConversionError when a processor's mel settings differ from the front end's only ones."""
-    mel = (settings or {}).get("mel_config") or {}
-    _check_fixed(mel, {**names.FIXED_MEL, "mel_dim": (n_mels,)}, f"{source} mel_config")
+    fixed = names.FIXED_MEL | {"mel_dim": (n_mels,)}
+    _check_fixed(processor, {f"mel_config.{key}": allowed for key, allowed in fixed.items()})
 
 
-def _check_family(config: Mapping[str, Any]) -> None:
-    model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
-    architectures = architectures if isinstance(architectures, list) else [architectures]
+def _check_family(config: Document) -> None:
+    model_type, architectures = config.get("model_type", str), config.get("architectures", list[str], [])
     known = [] if model_type is None else [model_type in names.MODEL_TYPES]
     known += [any(name in names.ARCHITECTURES for name in architectures)] if architectures else []
     if not known or not all(known):
         raise ConversionError(
-            f"{CONFIG} describes model_type {model_type!r}, architectures {architectures}: only "
+            f"{config.where} describes model_type {quote(model_type)}, architectures {quote(architectures)}: only "
             f"{names.MODEL_TYPES[0]} ({names.ARCHITECTURES[0]}) checkpoints are converted"
         )
 
 
-def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple], source: str) -> None:
+def _check_fixed(document: Document, fixed: Mapping[str, tuple]) -> None:
     for path, allowed in fixed.items():
-        found = look_up(config, path)
+        found = document.look_up(path)
         if found is not None and found not in allowed:
-            raise ConversionError(f"{source} says {path} = {found!r}: the engine runs {allowed[0]!r} only")
+            raise document.complaint(path, f"the engine runs {allowed[0]!r} only")
 
 
-def _read_value(config: Mapping[str, Any], row: KeyRow) -> int | float:
-    value = next((found for path in row.paths if (found := look_up(config, path)) is not None), row.default)
-    if value is None:
-        raise ConversionError(f"{CONFIG} lacks {row.paths[0]}: fetch the checkpoint's own {CONFIG}")
-    if row.type is ValueType.FLOAT32:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_F32:
-            raise ConversionError(f"{CONFIG} says {row.paths[0]} = {value!r}: it must be a positive number")
-        return float(value)
-    if type(value) is not int or not 0 < value < 1 << 32:
-        raise ConversionError(f"{CONFIG} says {row.paths[0]} = {value!r}: it must be a positive whole number")
-    return value
+def _read_value(config: Document, row: KeyRow) -> int | float:
+    path = next((path for path in row.paths if config.look_up(path) is not None), row.paths[0])
+    if row.type is not ValueType.FLOAT32:
+        value = config.get(path, int, row.default, within=(1, (1 << 32) - 1))
+    else:
+        value = config.get(path, float, row.default)
+        if value is not None and not 0 < value < MAX_F32:
+            raise config.complaint(path, "it must be a positive number")
+    return config.require(path, int) if value is None else value
 
 
-def _read_taps(config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+def _read_taps(config: Document, values: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
     """The tapped encoder layers, and how many of them are injected: one decoder layer each."""
-    taps = look_up(config, names.TAPS)
-    taps = [] if taps is None else taps
+    taps = config.get(names.TAPS, list[int], [])
     n_layer = values["enc.encoder_layers"]
-    if not isinstance(taps, list) or not all(type(tap) is int and 0 <= tap < n_layer for tap in taps):
-        raise ConversionError(f"{CONFIG} says {names.TAPS} = {taps}: the encoder has layers 0 to {n_layer - 1}")
+    if not all(0 <= tap < n_layer for tap in taps):
+        raise config.complaint(names.TAPS, f"the encoder has layers 0 to {n_layer - 1}")
     if len(set(taps)) != len(taps):
-        raise ConversionError(f"{CONFIG} says {names.TAPS} = {taps}: a layer may be tapped only once")
-    stated = look_up(config, names.INJECTED)
-    if stated is not None and (type(stated) is not int or stated < 0):
-        raise ConversionError(f"{CONFIG} says {names.INJECTED} = {stated!r}: it must be a whole number")
-    n_injected = len(taps) if stated is None else min(len(taps), stated)
+        raise config.complaint(names.TAPS, "a layer may be tapped only once")
+    n_injected = min(len(taps), config.get(names.INJECTED, int, len(taps), within=(0, math.inf)))
     if n_injected > values["llm.num_layers"]:
         raise ConversionError(
             f"{CONFIG} injects {n_injected} taps into {values['llm.num_layers']} decoder layers: one layer takes one"
@@ -126,15 +111,10 @@ def _read_taps(config: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[tu
     return tuple(taps), n_injected
 
 
-def read_tied(config: Mapping[str, Any]) -> bool:
+def read_tied(config: Document) -> bool:
     """Whether the embedding serves as head too; the checkpoint's own statement goes before its decoder's."""
-    for path in names.TIED:
-        tied = look_up(config, path)
-        if isinstance(tied, bool):
-            return tied
-        if tied is not None:
-            raise ConversionError(f"{CONFIG} says {path} = {tied!r}: it must be true or false")
-    return False
+    found = (config.get(path, bool) for path in names.TIED)
+    return next((tied for tied in found if tied is not None), False)
 
 
 def _check_window(values: Mapping[str, Any]) -> None:

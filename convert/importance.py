@@ -17,10 +17,10 @@ import numpy as np
 
 from ..engine.gguf import GGUFFile, open_gguf, string, strings, u32
 from ..engine.gguf_write import GGUFWriter, plan_layout
+from ..engine.kinds import COUNT_KEYS, IMATRIX, expect_kind
 from ..kernels.formats import F32
 from .source import ConversionError
 
-TYPE = "imatrix"
 SQUARES, COUNTS = ".in_sum2", ".counts"
 CHUNK_ROWS = 512  # readers want the rows in chunks of some size; this is llama.cpp's default
 
@@ -51,41 +51,52 @@ def read_importance(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def read_matrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
-    """An importance matrix of ours or of llama.cpp's tools; other tensors than its sums and counts are passed over.
+    """An importance matrix of ours, of llama.cpp's tools or of CrispASR; tensors that are no sums and counts are passed
+    over.
 
     Raises GGUFError for what is no GGUF file, ConversionError for one that is something else or does not make sense.
     """
     with open_gguf(path) as file:
-        kind = file.get("general.type")
-        if kind != TYPE:
-            raise ConversionError(f"{path}: general.type is {kind!r}, not {TYPE!r}; give the output of auricle imatrix")
+        expect_kind(file, IMATRIX, ConversionError, "give the output of auricle imatrix")
         names = sorted({n.removesuffix(end) for n in file.tensors for end in (SQUARES, COUNTS) if n.endswith(end)})
-        if not names:
-            raise ConversionError(f"{path}: holds no sums of any weight; collect it again")
-        datasets = file.get("imatrix.datasets", ())
-        return ImportanceMatrix({name: _read_sums(file, name) for name in names}, tuple(datasets))
+        counted = [name for name in file.tensors if COUNT_KEYS + name in file.metadata]
+        if not names and not counted:
+            raise ConversionError(f"{file.where}: holds no sums of any weight; collect it again")
+        datasets = file.get("imatrix.datasets", list[str], [])
+        sums = {n: _read_sums(file, n) for n in names} if names else {n: _read_counted(file, n) for n in counted}
+        return ImportanceMatrix(sums, tuple(datasets))
 
 
 def _read_sums(file: GGUFFile, name: str) -> ColumnSums:
     squares, counts = (_read_floats(file, name + end) for end in (SQUARES, COUNTS))
     if len(squares) != 1 or counts.size != 1:
         raise ConversionError(
-            f"{file.path}: {name} is {max(len(squares), counts.size)} matrices in one; collect it on a model without"
+            f"{file.where}: {name} is {max(len(squares), counts.size)} matrices in one; collect it on a model without"
         )
     n_rows = counts.item()
     if not 1 <= n_rows < np.inf:
-        raise ConversionError(f"{file.path}: {name} was seen {n_rows:g} times; collect it again on more data")
-    _check_squares(squares[0], f"{file.path}: {name}", "collect it again")
+        raise ConversionError(f"{file.where}: {name} was seen {n_rows:g} times; collect it on more data")
+    _check_squares(squares[0], f"{file.where}: {name}", "collect it again")
     return ColumnSums(squares[0], round(n_rows))
+
+
+def _read_counted(file: GGUFFile, name: str) -> ColumnSums:
+    """As CrispASR writes it: the sums under the weight's own name, the count in a key."""
+    squares = _read_floats(file, name)
+    n_rows = file.require(COUNT_KEYS + name, int, within=(1, np.inf))
+    if len(squares) != 1:
+        raise ConversionError(f"{file.where}: {name} is {len(squares)} rows of sums; collect it again")
+    _check_squares(squares[0], f"{file.where}: {name}", "collect it again")
+    return ColumnSums(squares[0], n_rows)
 
 
 def _read_floats(file: GGUFFile, name: str) -> np.ndarray:
     """A float32 tensor as float64 [n_rows, n_cols]; ggml drops outer dimensions of 1."""
     info = file.tensors.get(name)
     if info is None:
-        raise ConversionError(f"{file.path}: {name} is missing beside its counterpart; collect it again")
+        raise ConversionError(f"{file.where}: {name} is missing beside its counterpart; collect it again")
     if info.format is not F32:
-        raise ConversionError(f"{file.path}: {name} is {info.format}, not F32; collect it again")
+        raise ConversionError(f"{file.where}: {name} is {info.format}, not F32; collect it again")
     return file.data(name).view("<f4").reshape(-1, info.shape[-1]).astype(np.float64)
 
 
@@ -128,7 +139,7 @@ def write_matrix(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> int:
         stored[name + COUNTS] = np.array([sums.n_rows], "<f4")
     n_rows = max(sums.n_rows for sums in matrix.sums.values())
     metadata = {
-        "general.type": string(TYPE),
+        "general.type": string(IMATRIX),
         "imatrix.datasets": strings(matrix.datasets),
         "imatrix.chunk_count": u32(-(-n_rows // CHUNK_ROWS)),
         "imatrix.chunk_size": u32(CHUNK_ROWS),

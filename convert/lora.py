@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.gguf import f32, open_gguf, string
-from ..engine.lora import ADAPTER_TYPE, ALPHA_KEY, GENERAL_TYPE, A, B, is_adaptable
+from ..engine.kinds import ADAPTER, MODEL, expect_kind
+from ..engine.lora import ADAPTER_TYPE, ALPHA_KEY, A, B, is_adaptable
 from ..kernels.formats import BF16, F16, F32, Format
-from .checkpoint import FLOATS, read_header, read_json
+from .checkpoint import FLOATS, read_header
+from .documents import Document, read_document
 from .names import moss_audio as names
 from .names.table import fold, rename
 from .plan import ConversionPlan, Wanted, describe_types, make_plan
@@ -45,6 +47,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
+MAX_ALPHA = 1e30  # times the square root of a rank, a float32
+
+# Beside an adapter of the head or the embedding peft saves what it is for.
+_COPY = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -72,13 +78,15 @@ def plan_lora(directory: str | Path, type_name: str | None = None, base: str | P
         raise ConversionError(f"{directory} has no {WEIGHTS}: only safetensors weights are converted")
     tensors = read_header(weights)
     shapes = None if base is None else read_shapes(base)
+    copies = [t for t in tensors if _COPY.fullmatch(t.name)]
+    tensors = [t for t in tensors if not _COPY.fullmatch(t.name)]
     halves = match_names(tensors, directory, shapes)
     ranks = check_pairs(halves, config, shapes)
     alpha = find_alpha(config, ranks)
     formats = {half.base + half.end: choose_type(half.tensor, type_name) for half in halves}
     recipe = make_recipe(formats)
     metadata = {
-        "general.type": string(GENERAL_TYPE),
+        "general.type": string(ADAPTER),
         "general.architecture": string(names.ARCHITECTURE),
         "general.name": string(directory.resolve().name or "adapter"),
         "adapter.type": string(ADAPTER_TYPE),
@@ -88,30 +96,32 @@ def plan_lora(directory: str | Path, type_name: str | None = None, base: str | P
     }
     wanted = [Wanted(half.base + half.end, half.tensor.shape, half.tensor.name) for half in halves]
     notes = (f"{len(ranks)} matrices of rank {', '.join(map(str, sorted(set(ranks.values()))))}, alpha {alpha:g}",)
+    if copies:
+        notes += (f"left out, a copy of the model's own: {', '.join(fold(t.name for t in copies))}",)
     plan = make_plan(Source({t.name: t for t in tensors}, (weights,)), wanted, recipe, metadata, notes=notes)
     return replace(plan, hash_source=True, inputs=(directory, *([Path(base)] if base is not None else [])))
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> Document:
     """adapter_config.json of plain LoRA; ConversionError for any other kind."""
     if not directory.is_dir():
         raise ConversionError(f"{directory} is not a folder: give the one that peft saved an adapter to")
-    config = read_json(directory / CONFIG)
+    config = read_document(directory / CONFIG)
     if config is None:
         raise ConversionError(f"{directory} has no {CONFIG}: give the folder that peft saved an adapter to")
     for key, allowed in FIXED.items():
-        if key in config and not any(config[key] is value or config[key] == value for value in allowed):
-            raise ConversionError(
-                f"{CONFIG} says {key} = {str(config[key])[:60]!r}: only plain LoRA on linear maps can be converted"
-            )
+        found = config.values.get(key)
+        if key in config.values and not any(found is value or found == value for value in allowed):
+            raise config.complaint(key, "only plain LoRA on linear maps can be converted")
     return config
 
 
 def read_shapes(base: str | Path) -> dict[str, tuple[int, ...]]:
     """The tensors of a model's GGUF file. Raises ConversionError for another kind of file."""
     with open_gguf(base) as file:
-        if file.get("general.architecture") != names.ARCHITECTURE or file.get("general.type") == GENERAL_TYPE:
-            raise ConversionError(f"{base} is no {names.ARCHITECTURE} model: give the model the adapter is for")
+        expect_kind(file, MODEL, ConversionError, "give the model that the adapter is for")
+        if file.get("general.architecture", str) != names.ARCHITECTURE:
+            raise ConversionError(f"{file.where} is no {names.ARCHITECTURE} model: give the model the adapter is for")
         return {name: info.shape for name, info in file.tensors.items()}
 
 
@@ -149,9 +159,7 @@ def find_base(name: str, shapes: dict[str, tuple[int, ...]] | None) -> str | Non
     return target if is_adaptable(target, axes) and (shapes is None or target in shapes) else None
 
 
-def check_pairs(
-    halves: Sequence[Half], config: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None
-) -> dict[str, int]:
+def check_pairs(halves: Sequence[Half], config: Document, shapes: dict[str, tuple[int, ...]] | None) -> dict[str, int]:
     """The rank of each pair. Raises ConversionError for shapes that do not go together or do not fit the model."""
     found = {half.base + half.end: half.tensor for half in halves}
     ranks = {}
@@ -170,19 +178,18 @@ def check_pairs(
                 "it is for another model"
             )
         ranks[base] = a.shape[0]
-    stated = config.get("r")
-    if not config.get("rank_pattern") and set(ranks.values()) != {stated}:
-        raise ConversionError(f"{CONFIG} says r = {stated!r}, and the tensors' rank is {next(iter(ranks.values()))}")
+    if not config.get("rank_pattern", dict) and set(ranks.values()) != {config.require("r", int)}:
+        raise config.complaint("r", f"the tensors' rank is {next(iter(ranks.values()))}")
     return ranks
 
 
-def find_alpha(config: dict[str, Any], ranks: dict[str, int]) -> float:
+def find_alpha(config: Document, ranks: dict[str, int]) -> float:
     """The alpha with which alpha / rank is the adapter's scale. Rank-stabilised LoRA scales by lora_alpha / sqrt(r)."""
-    alpha = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise ConversionError(f"{CONFIG} says lora_alpha = {alpha!r}: it must be a positive number")
-    if not config.get("use_rslora"):
-        return float(alpha)
+    alpha = config.require("lora_alpha", float)
+    if not 0 < alpha < MAX_ALPHA:
+        raise config.complaint("lora_alpha", "it must be a positive number")
+    if not config.get("use_rslora", bool):
+        return alpha
     if len(set(ranks.values())) > 1:
         raise ConversionError(f"{CONFIG} says use_rslora with several ranks: one alpha cannot say their scales")
     return alpha * math.sqrt(next(iter(ranks.values())))

@@ -15,7 +15,7 @@ def plan_merge(
     architecture: str,
     shapes: Mapping[str, tuple[int, ...]],
     model: object,
-    before: object = None,
+    before: Sequence[str] = (),
 ) -> tuple[dict[str, LowRank], dict[str, Typed]]:
     """The changes that adapters make to the tensors of `model`, and the keys that record them, after what the file said
     `before` under MERGED_KEY.
@@ -24,6 +24,5 @@ def plan_merge(
     """
     if not specs:
         return {}, {}
-    names = [name for name in before if isinstance(name, str)] if isinstance(before, list) else []
-    names += [f"{path.name}:{scale:g}" for path, scale in map(parse_lora, specs)]
+    names = [*before] + [f"{path.name}:{scale:g}" for path, scale in map(parse_lora, specs)]
     return read_loras(specs, architecture, shapes, model), {MERGED_KEY: strings(names)}

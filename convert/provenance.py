@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from ..engine.fields import as_kind
 from ..engine.gguf import Typed, string
 from .checkpoint import Checkpoint
 from .source import Source
@@ -73,8 +74,8 @@ def _find_origin(directory: Path) -> tuple[str, str]:
 
 
 def _find_name(checkpoint: Checkpoint, repository: str) -> str:
-    stated = checkpoint.config.get("_name_or_path")
-    if not repository and isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
+    stated = as_kind(checkpoint.config.look_up("_name_or_path"), str)
+    if not repository and stated and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
         repository = stated
     return repository.rpartition("/")[2] or checkpoint.directory.resolve().name or "model"
 

@@ -113,7 +113,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe("q6_k", 18, (*EARS_8, Rule("*", Q6_K))),
         Recipe("q8_0", 7, (*CONVOLUTIONS, Rule("*", Q8_0))),
         Recipe("f16", 1, (Rule("*", F16),)),
-        Recipe("bf16", 32, (Rule("*", BF16),)),
+        # ggml cannot convolve by BF16 kernels; F32 holds the same numbers.
+        Recipe("bf16", 32, (Rule("enc.conv*.weight", F32), Rule("*", BF16))),
         Recipe("f32", 0, (Rule("*", F32),)),
     )
 }

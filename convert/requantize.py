@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.gguf import GGUFFile, Typed, align, open_gguf
+from ..engine.gguf import SPLIT_KEYS, GGUFFile, Typed, align, open_gguf
+from ..engine.kinds import ADAPTER, IMATRIX, MODEL, expect_kind, find_kind
 from ..engine.lora import LoraSpec, parse_lora
 from .budget import BUDGET_KEYS, Budget, free_names
 from .merge import MERGED_KEY, plan_merge
@@ -33,17 +34,20 @@ def plan_requantization(
     """Plan the file that `in_path` becomes with the recipe `type_name`; tensors that keep their type are copied.
 
     With `budget` the recipe is made to measure instead; the tensors that `overrides` name are left to them. The
-    adapters `lora` are merged into the weights. The metadata is copied with its types, but for `general.file_type` and
-    what a budget or a merge adds. Raises ConversionError for quantised weights that would be quantised again (unless
-    allowed), importances of another width, overrides that match nothing, and a budget that cannot be met or was
-    measured on another model; GGUFError as `open_gguf` does, LoraError as `read_loras` does.
+    adapters `lora` are merged into the weights. The metadata is copied with its types, but for `general.file_type`
+    and what a budget or a merge adds. The parts of a split file become one. Raises ConversionError for quantised
+    weights that would be quantised again (unless allowed), importances of another width, overrides that match
+    nothing, and a budget that cannot be met or was measured on another model; GGUFError as `open_gguf` does,
+    LoraError as `read_loras` does.
     """
     with open_gguf(in_path) as file:
+        if find_kind(file) in (ADAPTER, IMATRIX):
+            expect_kind(file, MODEL, ConversionError, "only models are quantised")
         source = source_of_gguf(file)
-        metadata = {key: value for key, value in file.types.items() if not key.startswith(BUDGET_KEYS)}
+        metadata = {k: v for k, v in file.types.items() if not k.startswith((BUDGET_KEYS, SPLIT_KEYS))}
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        known = file.get("general.architecture"), shapes, in_path, file.get(MERGED_KEY)
-        adapters, merged = plan_merge(lora, *known)
+        architecture, before = file.get("general.architecture", str, ""), file.get(MERGED_KEY, list[str], [])
+        adapters, merged = plan_merge(lora, architecture, shapes, in_path, before)
         metadata |= merged
         alignment, notes = file.alignment, ()
         if budget is None:

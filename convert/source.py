@@ -118,8 +118,8 @@ def source_of_gguf(file: GGUFFile) -> Source:
     """The tensors of an open GGUF file, in the order of its table. Reads it anew: the map may be closed."""
     tensors = {
         info.name: SourceTensor(
-            info.name, info.format.name, info.format, info.shape, file.path, info.offset, info.nbytes
+            info.name, info.format.name, info.format, info.shape, file.paths[info.part], info.offset, info.nbytes
         )
         for info in file.tensors.values()
     }
-    return Source(tensors, (file.path,))
+    return Source(tensors, file.paths)

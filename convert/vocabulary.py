@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engine.fields import as_kind
 from ..engine.gguf import Typed, i32s, string, strings, u32
 from ..engine.tokenizer import TokenType
-from .checkpoint import ConversionError, read_json
+from ..kernels.quote import quote
+from .documents import REMEDY, Document, read_document, read_whole
+from .source import ConversionError
 
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 ADDED, SETTINGS = "added_tokens.json", "tokenizer_config.json"
+MAX_ID_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_vocabulary(directory: Path, n_vocab: int, placeholders: Mapping[str, in
     `[PADn]`. Raises ConversionError for missing files, ids beyond `n_vocab`, and two tokens for one id or the reverse.
     """
     base, merges = _read_bpe(directory)
-    settings = read_json(directory / SETTINGS) or {}
+    settings = read_document(directory / SETTINGS) or Document({}, directory / SETTINGS, ConversionError, REMEDY)
     added = _read_added(directory, settings)
     ids = _Ids(n_vocab)
     for token, i in base.items():
@@ -74,9 +78,9 @@ def read_vocabulary(directory: Path, n_vocab: int, placeholders: Mapping[str, in
         types=[ids.types.get(i, TokenType.UNUSED) for i in range(n_vocab)],
         merges=merges,
         ids=ids.by_token,
-        eos_id=ids.find(settings.get("eos_token")),
-        pad_id=ids.find(settings.get("pad_token")),
-        bos_id=ids.find(settings.get("bos_token")),
+        eos_id=ids.find(settings.look_up("eos_token")),
+        pad_id=ids.find(settings.look_up("pad_token")),
+        bos_id=ids.find(settings.look_up("bos_token")),
         chat_template=_read_chat_template(directory, settings),
         notes=notes,
     )
@@ -93,11 +97,13 @@ class _Ids:
 
     def put(self, token: str, i: int, kind: TokenType) -> None:
         if type(i) is not int or not 0 <= i < self.n_vocab:
-            raise ConversionError(f"token {token!r} has the id {i!r}: the embedding has rows 0 to {self.n_vocab - 1}")
+            raise ConversionError(
+                f"token {quote(token)} has the id {quote(i)}: the embedding has rows 0 to {self.n_vocab - 1}"
+            )
         if self.by_id.get(i, token) != token:
-            raise ConversionError(f"two tokens have the id {i}: {self.by_id[i]!r} and {token!r}")
+            raise ConversionError(f"two tokens have the id {i}: {quote(self.by_id[i])} and {quote(token)}")
         if self.by_token.get(token, i) != i:
-            raise ConversionError(f"token {token!r} has two ids: {self.by_token[token]} and {i}")
+            raise ConversionError(f"token {quote(token)} has two ids: {self.by_token[token]} and {i}")
         self.by_id[i], self.by_token[token], self.types[i] = token, i, kind
 
     def find(self, token: Any) -> int | None:
@@ -115,52 +121,53 @@ def _put_placeholders(ids: _Ids, placeholders: Mapping[str, int], added: Mapping
     return tuple(notes)
 
 
-def _read_bpe(directory: Path) -> tuple[dict[str, int], list[str]]:
+def _read_bpe(directory: Path) -> tuple[dict[str, Any], list[str]]:
     """{token: id} and the merges, `a b`, from vocab.json and merges.txt, or else from tokenizer.json."""
-    vocab = read_json(directory / VOCAB)
+    vocab = read_document(directory / VOCAB)
     merges = _read_merges(directory / MERGES)
     if vocab is not None and merges is not None:
-        return vocab, merges
-    tokenizer = read_json(directory / TOKENIZER)
+        return vocab.values, merges
+    tokenizer = read_document(directory / TOKENIZER)
     if tokenizer is None:
         raise ConversionError(f"{directory} has no tokenizer: looked for {VOCAB} with {MERGES}, and for {TOKENIZER}")
-    model = tokenizer.get("model")
-    model = model if isinstance(model, dict) else {}
-    vocab, merges = model.get("vocab"), model.get("merges")
-    if model.get("type") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise ConversionError(f"{directory / TOKENIZER} holds no BPE with vocab and merges, the one kind converted")
-    return vocab, [" ".join(merge) if isinstance(merge, list) else str(merge) for merge in merges]
+    entries, merges = tokenizer.get("model.vocab", dict), tokenizer.look_up("model.merges")
+    pairs = as_kind(merges, list[list[str]])
+    lines = as_kind(merges, list[str]) if pairs is None else [" ".join(pair) for pair in pairs]
+    if tokenizer.look_up("model.type") != "BPE" or entries is None or lines is None:
+        raise ConversionError(f"{tokenizer.where} holds no BPE with vocab and merges, the one kind converted")
+    return entries, lines
 
 
 def _read_merges(path: Path) -> list[str] | None:
     """The lines of merges.txt. Only a first line `#version` is a comment: real merges begin with `#` too."""
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except FileNotFoundError:
+    text = _read_text(path)
+    if text is None:
         return None
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} is not UTF-8 (byte {error.start}): fetch it again") from error
-    lines = [line.removesuffix("\r") for line in lines]
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     return [line for line in lines[lines[0].startswith("#version") :] if line]
+
+
+def _read_text(path: Path) -> str | None:
+    data = read_whole(path)
+    try:
+        return None if data is None else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not UTF-8 (byte {error.start}): fetch it again") from None
 
 
 def _check_merges(merges: Iterable[str], ids: Mapping[str, int]) -> None:
     for n, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
-            raise ConversionError(f"merge {n} ({merge!r}) does not join two tokens of the vocabulary to a third")
+            raise ConversionError(f"merge {n} ({quote(merge)}) does not join two tokens of the vocabulary to a third")
 
 
-def _read_added(directory: Path, settings: Mapping[str, Any]) -> dict[str, tuple[int, TokenType]]:
+def _read_added(directory: Path, settings: Document) -> dict[str, tuple[int, TokenType]]:
     """{text: (id, type)} from every file that lists added tokens; the files must agree."""
     added: dict[str, tuple[int, TokenType]] = {}
     for token, i, special in _list_added(directory, settings):
-        if not isinstance(token, str) or type(i) is not int:
-            raise ConversionError(f"{directory} lists the added token {token!r} with id {i!r}: fetch it again")
         if added.get(token, (i,))[0] != i:
-            raise ConversionError(f"token {token!r} has two ids: {added[token][0]} and {i}")
+            raise ConversionError(f"token {quote(token)} has two ids: {quote(added[token][0])} and {quote(i)}")
         if token not in added or special is not None:
             # Without a flag, the rule readers use for files without types: `<…>` is special.
             special = token.startswith("<") and token.endswith(">") if special is None else special
@@ -168,34 +175,32 @@ def _read_added(directory: Path, settings: Mapping[str, Any]) -> dict[str, tuple
     return added
 
 
-def _list_added(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[Any, Any, bool | None]]:
+def _list_added(directory: Path, settings: Document) -> Iterator[tuple[str, int, bool | None]]:
     """(text, id, whether it is special or None where the file does not say) of every entry of every file."""
-    for token, i in (read_json(directory / ADDED) or {}).items():
+    texts = read_document(directory / ADDED)
+    for token, i in (texts.values if texts else {}).items():
+        if type(i) is not int:
+            raise ConversionError(f"{texts.where} lists added token {quote(token)} with id {quote(i)}: fetch it again")
         yield token, i, None
-    listed = (read_json(directory / TOKENIZER) or {}).get("added_tokens") or []
-    decoder = settings.get("added_tokens_decoder") or {}
-    if not isinstance(listed, list) or not isinstance(decoder, dict):
-        raise ConversionError(
-            f"{directory} has a damaged list of added tokens in {TOKENIZER} or {SETTINGS}: fetch them"
-        )
-    numbered = [(entry.get("id") if isinstance(entry, dict) else None, entry) for entry in listed]
-    numbered += [(int(i) if i.isdecimal() else i, entry) for i, entry in decoder.items()]
-    for i, entry in numbered:
-        if not isinstance(entry, dict):
-            raise ConversionError(f"{directory} lists {entry!r} as an added token: fetch its tokenizer files again")
-        yield entry.get("content"), i, bool(entry.get("special"))
+    tokenizer = read_document(directory / TOKENIZER)
+    for n, entry in enumerate(tokenizer.get("added_tokens", list[dict], []) if tokenizer else []):
+        fields = tokenizer.inside(entry, f"added token {n}")
+        yield fields.require("content", str), fields.require("id", int), fields.get("special", bool, False)
+    for key, entry in settings.get("added_tokens_decoder", dict, {}).items():
+        if not isinstance(entry, dict) or not key.isdecimal() or len(key) > MAX_ID_DIGITS:
+            raise ConversionError(f"{settings.where} lists {quote(entry)} as added token {quote(key)}: fetch it again")
+        fields = settings.inside(entry, f"added token {key}")
+        yield fields.require("content", str), int(key), fields.get("special", bool, False)
 
 
-def _read_chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+def _read_chat_template(directory: Path, settings: Document) -> str | None:
     """chat_template.jinja, or the one in tokenizer_config.json (of several, `default`)."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConversionError(f"{path} cannot be read: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    text = _read_text(directory / "chat_template.jinja")
+    if text is not None:
+        return text
+    template = settings.look_up("chat_template")
+    for n, entry in enumerate(as_kind(template, list[dict]) or []):
+        fields = settings.inside(entry, f"chat_template {n}")
+        if fields.get("name", str) == "default":
+            return fields.get("template", str)
+    return as_kind(template, str)

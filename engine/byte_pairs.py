@@ -6,6 +6,7 @@ Knows strings and ids only: no file, no special token, no way to cut text into w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 Merge = tuple[str, str]
@@ -50,15 +51,28 @@ def restore_merges(
     ranks = dict(zip(merges, made, strict=True))
     for i in lost:
         parts = _reduce(tokens[i], ranks)
-        if len(parts) == 2:
+        if len(parts) == 2 and parts[0] in index and parts[1] in index:
             ranks[parts[0], parts[1]] = i
     return sorted(ranks, key=ranks.__getitem__)
 
 
 def _reduce(token: str, ranks: Mapping[Merge, int]) -> list[str]:
-    """What the merges leave of a token, lowest rank first."""
-    parts = list(token)
-    while known := [(ranks[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in ranks]:
-        at = min(known)[1]
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
+    """What the merges leave of a token, lowest rank first and the leftmost of a rank; in n log n steps."""
+    parts: list[str | None] = list(token)  # None: has become part of one before it
+    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    waiting = [(ranks[pair], at, pair) for at, pair in enumerate(pairwise(token)) if pair in ranks]
+    heapify(waiting)
+    while waiting:
+        _, at, pair = heappop(waiting)
+        right = after[at]
+        if right == len(parts) or (parts[at], parts[right]) != pair:
+            continue  # one of them has been merged meanwhile
+        parts[at], parts[right], after[at] = pair[0] + pair[1], None, after[right]
+        if after[at] < len(parts):
+            before[after[at]] = at
+        for left in (before[at], at):
+            if left >= 0 and after[left] < len(parts):
+                pair = parts[left], parts[after[left]]
+                if pair in ranks:
+                    heappush(waiting, (ranks[pair], left, pair))
+    return [part for part in parts if part is not None]

@@ -147,7 +147,9 @@ class Program:
         if value.kind == "state":
             return self._states[value.name]
         if value.kind == "constant":
-            return self.device.constant(value.data)
+            data = np.asarray(value.make(), np.float32)
+            assert data.shape == value.shape, f"{value.name}: {data.shape=} {value.shape=}"
+            return self.device.constant(data)
         start = self.plan.offsets[value]
         return self.arena[start : start + value.nbytes].view(DTYPES[value.dtype]).view(value.shape)
 

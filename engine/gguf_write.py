@@ -20,7 +20,8 @@ from types import TracebackType
 import numpy as np
 
 from ..kernels.formats import Format
-from .gguf import (
+from .gguf_cursor import NUMBERS, GGUFError, ValueType
+from .gguf_header import (
     ALIGNMENT_KEY,
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -32,7 +33,6 @@ from .gguf import (
     align,
     u32,
 )
-from .gguf_cursor import NUMBERS, GGUFError, ValueType
 from .outputs import OutputError, disk_errors, replacing
 
 VERSION = 3

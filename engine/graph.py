@@ -30,7 +30,7 @@ class Value:
     dtype: str = "f32"  # or "i32"
     kind: Kind = "computed"
     name: str = ""
-    data: np.ndarray | None = None  # of a constant
+    make: Callable[[], np.ndarray] | None = None  # the numbers of a constant
 
     @property
     def size(self) -> int:
@@ -86,9 +86,9 @@ class Graph:
         """A buffer that outlives the run."""
         return self._leaf(Value(shape, "f32", "state", name))
 
-    def constant(self, name: str, data: np.ndarray) -> Value:
-        """Numbers that are part of the graph."""
-        return self._leaf(Value(data.shape, "f32", "constant", name, data.astype(np.float32)))
+    def constant(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> Value:
+        """Numbers that are part of the graph; they are made when it is bound, not before its shapes are known good."""
+        return self._leaf(Value(shape, "f32", "constant", name, make))
 
     def _leaf(self, leaf: Value) -> Value:
         known = self.leaves.setdefault((leaf.kind, leaf.name), leaf)

@@ -19,8 +19,10 @@ import numpy as np
 
 from ..kernels.dequantize import dequantize
 from ..kernels.formats import F32
+from ..kernels.quote import quote
 from .gguf import GGUFFile, TensorInfo, open_gguf
 from .graph import Graph, Node, Operand, Value, replay
+from .kinds import ADAPTER, expect_kind
 from .models.config import ModelError
 from .models.moss_audio import part_of
 from .sampling import OptionError
@@ -28,7 +30,7 @@ from .sampling import OptionError
 if TYPE_CHECKING:
     from .backends.backend import Backend
 
-GENERAL_TYPE, ADAPTER_TYPE = "adapter", "lora"
+ADAPTER_TYPE = "lora"
 ALPHA_KEY = "adapter.lora.alpha"
 A, B = ".lora_a", ".lora_b"
 UNADAPTED = ("embedding", "other")  # parts whose matrices are looked up or are tables
@@ -106,25 +108,22 @@ def read_lora(file: GGUFFile, scale: float, architecture: str) -> dict[str, LowR
     bases = {name.removesuffix(end): None for name in file.tensors for end in (A, B) if name.endswith(end)}
     strange = next((name for name in file.tensors if not name.endswith((A, B))), None)
     if strange is not None or not bases:
-        what = "has no pair" if strange is None else f"holds {show(strange)}, which is neither {A} nor {B}"
-        raise LoraError(f"{file.path}: the adapter {what}; only plain LoRA is read, convert it again")
+        what = "has no pair" if strange is None else f"holds {quote(strange)}, which is neither {A} nor {B}"
+        raise LoraError(f"{file.where}: the adapter {what}; only plain LoRA is read, convert it again")
     return {name: read_pair(file, name, scale, alpha) for name in bases}
 
 
 def read_alpha(file: GGUFFile, architecture: str) -> float:
-    for key, want in (("general.type", GENERAL_TYPE), ("adapter.type", ADAPTER_TYPE)):
-        if file.get(key) != want:
-            raise LoraError(
-                f"{file.path}: {key} is {show(file.get(key))}, not {want!r}; give a file of auricle convert --lora"
-            )
-    if file.get("general.architecture") != architecture:
+    expect_kind(file, ADAPTER, LoraError, "give a file of auricle convert --lora")
+    found = file.get("adapter.type", str)
+    if found != ADAPTER_TYPE:
         raise LoraError(
-            f"{file.path}: an adapter for {show(file.get('general.architecture'))}, and the model is {architecture!r}"
+            f"{file.where}: adapter.type is {quote(found)}, not {ADAPTER_TYPE!r}; give a file of auricle convert --lora"
         )
-    alpha = file.require(ALPHA_KEY, float) if ALPHA_KEY in file.metadata else 0.0
-    if not math.isfinite(alpha):
-        raise LoraError(f"{file.path}: {ALPHA_KEY} is {alpha}; convert the adapter again")
-    return alpha
+    found = file.get("general.architecture", str)
+    if found != architecture:
+        raise LoraError(f"{file.where}: an adapter for {quote(found)}, and the model is {quote(architecture)}")
+    return file.get(ALPHA_KEY, float, 0.0)
 
 
 def read_pair(file: GGUFFile, name: str, scale: float, alpha: float) -> LowRank:
@@ -132,19 +131,19 @@ def read_pair(file: GGUFFile, name: str, scale: float, alpha: float) -> LowRank:
     for end in (A, B):
         if name + end not in file.tensors:
             raise LoraError(
-                f"{file.path}: {show(name + end)} is missing beside its counterpart; convert the adapter again"
+                f"{file.where}: {quote(name + end)} is missing beside its counterpart; convert the adapter again"
             )
     a, b = (file.tensors[name + end].shape for end in (A, B))
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise LoraError(
-            f"{file.path}: the pair of {show(name)} is {list(a)} and {list(b)}, not [rank, n_in] and [n_out, rank]"
+            f"{file.where}: the pair of {quote(name)} is {list(a)} and {list(b)}, not [rank, n_in] and [n_out, rank]"
         )
     down, up = (dequantize(file.data(name + end), file.tensors[name + end].format) for end in (A, B))
     with np.errstate(over="ignore", invalid="ignore"):
         pair = LowRank(down, up * np.float32(scale * alpha / len(down) if alpha else scale))
     if not all(np.isfinite(x).all() for x in (pair.a, pair.b)):
         raise LoraError(
-            f"{file.path}: the pair of {show(name)} holds numbers that are not finite; convert the adapter again"
+            f"{file.where}: the pair of {quote(name)} holds numbers that are not finite; convert the adapter again"
         )
     return pair
 
@@ -153,21 +152,15 @@ def check_fit(path: Path, name: str, pair: LowRank, shapes: Mapping[str, tuple[i
     """Raises LoraError for a change of a tensor that the model does not have, or has in another shape."""
     if name not in shapes:
         raise LoraError(
-            f"{path}: the adapter changes {show(name)}, which is no tensor of {model}; it is for another model"
+            f"{path}: the adapter changes {quote(name)}, which is no tensor of {model}; it is for another model"
         )
     if not is_adaptable(name, shapes[name]):
-        raise LoraError(f"{path}: the adapter changes {show(name)}, and only matrices of linear maps can be changed")
+        raise LoraError(f"{path}: the adapter changes {quote(name)}, and only matrices of linear maps can be changed")
     if shapes[name] != pair.shape:
         raise LoraError(
-            f"{path}: the adapter makes {show(name)} {list(pair.shape)}, and in {model} it is {list(shapes[name])}; "
+            f"{path}: the adapter makes {quote(name)} {list(pair.shape)}, and in {model} it is {list(shapes[name])}; "
             "it is for another model"
         )
-
-
-def show(value: Any) -> str:
-    """Something from a file, fit for one line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def stack(pairs: Sequence[LowRank]) -> LowRank:

@@ -18,6 +18,8 @@ import numpy as np
 
 from ..kernels.errors import AuricleError
 from .byte_pairs import BYTE_TO_CHAR, CHAR_TO_BYTE, restore_merges, usable_merges
+from .charsmap import read_charsmap
+from .fields import Fields
 
 # Qwen2's pre-tokeniser: contractions, words with one leading mark, single digits, punctuation runs, line ends, spaces.
 QWEN2_PATTERN = (
@@ -29,6 +31,7 @@ DEFAULT_PRE = "qwen2"  # files without `tokenizer.ggml.pre` come from converters
 # Ids of audio slots. Their text, where there is one, is never read from a prompt: only the prompt builder places them.
 PLACEHOLDER_KEYS = ("audio_token_id", "audio_start_id", "audio_end_id")
 
+MAX_SPECIAL = 1 << 18  # letters in all special tokens together: one pattern finds them
 SPACE_MARK = "▁"  # SentencePiece's visible space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -88,14 +91,18 @@ class Tokenizer:
         Without `token_type`, special tokens are the ids above the last BPE token that are written `<…>`.
         Raises TokenizerError when the kind of tokenizer is unknown or its tables are missing.
         """
-        model = _string(metadata, "tokenizer.ggml.model")
+        fields = Fields(metadata, "the tokenizer", TokenizerError, "convert the model again")
+        model = fields.require("tokenizer.ggml.model", str)
         if model == "gpt2":
-            vocabulary, codec = _byte_level(metadata)
+            vocabulary, codec = _byte_level(fields)
         elif model == "llama":
-            vocabulary, codec = _sentence_piece(metadata)
+            vocabulary, codec = _sentence_piece(fields)
         else:
-            raise TokenizerError(f"tokenizer.ggml.model is {model!r}; this program reads 'gpt2' and 'llama'")
-        return cls(vocabulary, codec, _placeholder_ids(metadata))
+            raise fields.complaint("tokenizer.ggml.model", "this program reads 'gpt2' and 'llama'")
+        kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+        if sum(len(vocabulary.tokens[i]) for i in vocabulary.of_type(*kinds)) > MAX_SPECIAL:
+            raise fields.complaint("tokenizer.ggml.token_type", f"special tokens have {MAX_SPECIAL:,} letters at most")
+        return cls(vocabulary, codec, _placeholder_ids(fields))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised, none is added. Raises TokenizerError."""
@@ -159,38 +166,21 @@ class Tokenizer:
         yield text[cursor:], None
 
 
-def _string(metadata: Mapping[str, Any], key: str) -> str:
-    value = metadata.get(key)
-    if not isinstance(value, str):
-        problem = "missing" if value is None else "not a string"
-        raise TokenizerError(f"{key} is {problem}; the file holds no usable tokenizer")
-    return value
-
-
-def _strings(metadata: Mapping[str, Any], key: str) -> Sequence[str]:
-    values = metadata.get(key)
-    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
-        problem = "missing" if values is None else "not a list of strings"
-        raise TokenizerError(f"{key} is {problem}; convert the model again")
-    return values
-
-
-def _numbers(metadata: Mapping[str, Any], key: str, n_tokens: int) -> np.ndarray | None:
+def _numbers(fields: Fields, key: str, n_tokens: int) -> np.ndarray | None:
     """One number a token, or None when the key is absent."""
-    if key not in metadata:
-        return None
-    values = np.asarray(metadata[key])
-    if values.shape != (n_tokens,) or values.dtype.kind not in "iuf":
-        raise TokenizerError(f"{key} has {values.size} values for {n_tokens} tokens; convert the model again")
+    values = fields.get(key, np.ndarray)
+    if values is not None and len(values) != n_tokens:
+        raise fields.complaint(key, f"there are {len(values)} for {n_tokens} tokens")
     return values
 
 
-def _given_types(metadata: Mapping[str, Any], n_tokens: int) -> np.ndarray | None:
-    types = _numbers(metadata, "tokenizer.ggml.token_type", n_tokens)
+def _given_types(fields: Fields, n_tokens: int) -> np.ndarray | None:
+    key = "tokenizer.ggml.token_type"
+    types = _numbers(fields, key, n_tokens)
     if types is None:
         return None
-    if n_tokens and not (types.min() >= 1 and types.max() <= 6):
-        raise TokenizerError("tokenizer.ggml.token_type holds a value outside 1..6; convert the model again")
+    if n_tokens and not (types.dtype.kind in "iu" and types.min() >= 1 and types.max() <= max(TokenType)):
+        raise fields.complaint(key, f"each must be a whole number from 1 to {max(TokenType):d}")
     return types.astype(np.int32)
 
 
@@ -208,10 +198,10 @@ def _vocabulary(tokens: Sequence[str], types: np.ndarray, fillers: Sequence[int]
     return Vocabulary(tokens, types, index)
 
 
-def _placeholder_ids(metadata: Mapping[str, Any]) -> frozenset[int]:
-    architecture = metadata.get("general.architecture", "")
-    values = (metadata.get(f"{architecture}.{key}") for key in PLACEHOLDER_KEYS)
-    return frozenset(int(value) for value in values if isinstance(value, int | np.integer))
+def _placeholder_ids(fields: Fields) -> frozenset[int]:
+    architecture = fields.get("general.architecture", str, "")
+    values = (fields.get(f"{architecture}.{key}", int) for key in PLACEHOLDER_KEYS)
+    return frozenset(value for value in values if value is not None)
 
 
 def _check_unicode(text: str) -> None:
@@ -221,14 +211,14 @@ def _check_unicode(text: str) -> None:
         raise TokenizerError(f"the text is not valid Unicode at character {error.start}; pass it as UTF-8") from None
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> tuple[Vocabulary, _ByteLevel]:
-    pre = metadata.get("tokenizer.ggml.pre", DEFAULT_PRE)
+def _byte_level(fields: Fields) -> tuple[Vocabulary, _ByteLevel]:
+    pre = fields.get("tokenizer.ggml.pre", str, DEFAULT_PRE)
     if pre not in PRE_TOKENISERS:
-        raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}; this program knows {', '.join(sorted(PRE_TOKENISERS))}")
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    lines = _strings(metadata, "tokenizer.ggml.merges") if "tokenizer.ggml.merges" in metadata else ()
+        raise fields.complaint("tokenizer.ggml.pre", f"this program knows {', '.join(sorted(PRE_TOKENISERS))}")
+    tokens = fields.require("tokenizer.ggml.tokens", list[str])
+    lines = fields.get("tokenizer.ggml.merges", list[str], ())
     fillers = _fillers(tokens)
-    types = _given_types(metadata, len(tokens))
+    types = _given_types(fields, len(tokens))
     vocabulary = _vocabulary(tokens, np.ones(len(tokens), np.int32) if types is None else types, fillers)
     if types is None:
         vocabulary.types[_special_by_form(vocabulary, lines)] = TokenType.CONTROL
@@ -287,16 +277,16 @@ class _ByteLevel:
         return bpe
 
 
-def _sentence_piece(metadata: Mapping[str, Any]) -> tuple[Vocabulary, _SentencePiece]:
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
-    if scores is None:
-        raise TokenizerError("tokenizer.ggml.scores is missing, which 'llama' needs; convert the model again")
-    types = _given_types(metadata, len(tokens))
+def _sentence_piece(fields: Fields) -> tuple[Vocabulary, _SentencePiece]:
+    tokens = fields.require("tokenizer.ggml.tokens", list[str])
+    fields.require("tokenizer.ggml.scores", np.ndarray)
+    scores = _numbers(fields, "tokenizer.ggml.scores", len(tokens))
+    if not (np.abs(scores) < np.finfo(np.float32).max).all():
+        raise fields.complaint("tokenizer.ggml.scores", "each must be a finite float32")
+    types = _given_types(fields, len(tokens))
     vocabulary = _vocabulary(tokens, _piece_types(tokens) if types is None else types, _fillers(tokens))
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    charsmap = bytes(np.asarray(metadata.get("tokenizer.ggml.precompiled_charsmap", ()), dtype=np.uint8))
-    return vocabulary, _SentencePiece(vocabulary, scores, prefix, charsmap)
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", bool, True)
+    return vocabulary, _SentencePiece(vocabulary, scores, prefix, read_charsmap(fields))
 
 
 def _piece_types(tokens: Sequence[str]) -> np.ndarray:

@@ -122,7 +122,7 @@ def write_report(path: Path, model: Path, **changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     with open_gguf(model) as file:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        about = {"name": file.get("general.name", ""), "fingerprint": fingerprint(file)}
+        about = {"name": file.metadata.get("general.name", ""), "fingerprint": fingerprint(file)}
     tensors = []
     for name in measured_names(shapes):
         gain = float(np.exp(2 * rng.standard_normal()))
@@ -197,10 +197,10 @@ def test_the_choice_is_recorded_and_repeatable(folder: Path) -> None:
         convert(plan_requantization(folder / "f16.gguf", budget=budget(folder, target)), folder / name)
     assert (folder / "one.gguf").read_bytes() == (folder / "two.gguf").read_bytes()
     with open_gguf(folder / "one.gguf") as file:
-        assert file.get("auricle.budget.target_bytes") == target
-        assert file.get("auricle.budget.encoder_floor") == "Q8_0"
-        assert re.fullmatch("[0-9a-f]{64}", file.get("auricle.budget.report_sha256"))
-        assert file.get("general.file_type") in (12, 15, 17, 18, 7, 1)
+        assert file.metadata.get("auricle.budget.target_bytes") == target
+        assert file.metadata.get("auricle.budget.encoder_floor") == "Q8_0"
+        assert re.fullmatch("[0-9a-f]{64}", file.metadata.get("auricle.budget.report_sha256"))
+        assert file.metadata.get("general.file_type") in (12, 15, 17, 18, 7, 1)
     with open_gguf(folder / "one.gguf") as quantised, open_gguf(folder / "f16.gguf") as exact:
         assert fingerprint(quantised) == fingerprint(exact), "types do not change which model it is"
 
@@ -256,13 +256,26 @@ def test_a_fine_tune_is_another_model(folder: Path, tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2] != found[3]
 
 
+REPORT = '{"format": "auricle.sensitivity", "version": 1, "tensors": %s}'
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("nothing", "is no sensitivity report"),
-        ("[]", "is no sensitivity report"),
+        ("nothing", "is not JSON .* give the file of auricle diff --sensitivity"),
+        ("[]", "holds a list, not a JSON object; give the file of auricle diff --sensitivity"),
+        ('{"format": ["auricle.sensitivity"], "version": 1}', "says format = .*: it must be a text"),
         ('{"format": "auricle.diff", "version": 1}', "is auricle.diff 1, not auricle.sensitivity 1"),
-        ('{"format": "auricle.sensitivity", "version": 1}', "is no sensitivity report"),
+        ('{"format": "auricle.sensitivity", "version": 1}', "lacks tensors; give the file of auricle diff"),
+        (REPORT % "[1]", r"tensors = \[1\]: it must be a list of objects"),
+        (REPORT % "[{}]", "tensor 0 lacks name"),
+        (REPORT % '[{"name": ["a"]}]', r"tensor 0 says name = \['a'\]: it must be a text"),
+        (REPORT % '[{"name": "a", "shape": [1, "2"]}]', "tensor 0 says shape = .*: it must be a list of whole numbers"),
+        (REPORT % '[{"name": "a", "shape": [1], "types": []}]', r"types = \[\]: it must be an object"),
+        (REPORT % '[{"name": "a", "shape": [1], "types": {"Q9": {}}}]', "the damage of a is missing"),
+        (REPORT % '[{"name": "a", "shape": [1], "types": {"Q8_0": 1}}]', "types.Q8_0 = 1: it must be an object"),
+        (REPORT % '[{"name": "a\\ud800"}]', "half a character"),
+        (REPORT % f'[{{"name": "a", "shape": [{"1" * 5000}]}}]', "a number of 5000 digits"),
     ],
 )
 def test_what_is_no_report(tmp_path: Path, text: str, complaint: str) -> None:
@@ -279,7 +292,7 @@ def test_damage_must_be_a_number(folder: Path, tmp_path: Path, kl: object) -> No
     report = json.loads((folder / "report.json").read_text())
     next(iter(report["tensors"][5]["types"].values()))["kl"] = kl
     (tmp_path / "r.json").write_text(json.dumps(report))
-    with pytest.raises(ConversionError, match=r"is missing or no number|is no sensitivity report"):
+    with pytest.raises(ConversionError, match=r"types\.\w+\.kl( = .*: it must be (a number|0.0 or more);|; give)"):
         read_report(tmp_path / "r.json")
 
 
@@ -332,7 +345,7 @@ def test_the_command(folder: Path) -> None:
         (["quantize", source, out, "--sensitivity", report], 2, "--target-size and --sensitivity go together"),
         ([*arguments[:4], "big", *arguments[5:]], 2, "'big' is no size"),
         ([*arguments, "--encoder-floor", "q9"], 6, "there is no type 'q9'"),
-        ([*arguments[:6], source], 6, "is no sensitivity report"),
+        ([*arguments[:6], source], 6, "is not JSON"),
     ):
         status, text, notes = auricle(*wrong)
         assert (status, notes.count("\n")) == (expected, 1), notes

@@ -141,6 +141,18 @@ def test_one_bad_file_of_three_does_not_stop_the_others(folder: Path) -> None:
     assert ["cut off" in line for line in lines] == [True, False, True]
 
 
+def test_json_of_a_model_that_cannot_be_opened(folder: Path) -> None:
+    """Each request has its line, as it has when only its audio is at fault."""
+    for command, requests in ((["transcribe", JFK, "b.wav"], [str(JFK), "b.wav"]), (["ask", JFK, "What?"], [str(JFK)])):
+        done = auricle(*command, "-m", folder / "no.gguf", "--json")
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.returncode == 3
+        assert [line["file"] for line in lines] == requests
+        for line in lines:
+            assert line["model"] == str(folder / "no.gguf")
+            assert f"auricle: {line['error']}\n" == done.stderr.decode()
+
+
 def test_stdin_and_sampling_with_a_seed(folder: Path) -> None:
     sound = encode(synthetic(2.0, 44_100, channels=2), 44_100, "flac")
     arguments = ("transcribe", "-", "-m", folder / "model.gguf", "--max-new-tokens", 6, "--temperature", 1)

@@ -39,17 +39,20 @@ def test_limit_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"\n{line}\r\n  \n{line}\nnot read".encode())
     assert [c.line for c in read_conversations(path, 2)] == [2, 4]
-    with pytest.raises(ConversationError, match="line 5: not JSON"):
+    with pytest.raises(ConversationError, match="line 5 is not JSON"):
         read_conversations(path)
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
     "a number": (3, 'no list of messages under "conversation"'),
     "empty": ([], 'no list of messages under "conversation"'),
-    "a message that is a text": (["hello", ANSWER], 'message 1: "hello" does not have role'),
+    "a message that is a text": (["hello", ANSWER], "message 1: .hello. does not have role"),
     "no role": ([{**TEXT, "role": None}, ANSWER], "message 1: .* does not have role"),
     "role of another": ([TEXT, {**ANSWER, "role": "tool"}], "message 2: .* does not have role"),
     "kind of another": ([{**AUDIO, "message_type": "video"}, ANSWER], "message 1: .* message_type"),
+    "role is a list": ([{**TEXT, "role": ["user"]}, ANSWER], "message 1: .* does not have role"),
+    "kind is an object": ([{**TEXT, "message_type": {"text": 1}}, ANSWER], "message 1: .* message_type"),
+    "a number of many digits": ([{**TEXT, "content": 10**4000}, ANSWER], "is not JSON .a number of 4001 digits"),
     "content is a list": ([{**TEXT, "content": ["x"]}, ANSWER], "message 1: .* and content, a text"),
     "audio of the assistant": ([TEXT, {**AUDIO, "role": "assistant"}], "message 2: audio of the role assistant"),
     "no path": ([{**AUDIO, "content": ""}, ANSWER], "message 1: no path of a recording"),
@@ -73,7 +76,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (b"", "holds no conversation"),
         (b"\n \n", "holds no conversation"),
         (b"\xff\xfe{", "it is not UTF-8"),
-        (b"[" * 100_000, "line 1: not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
+        (rb'{"conversation": [{"role": "\ud800"}]}', "line 1 has half a character in a text"),
         (b"{}", "line 1: no list"),
         (b'{"conversation": [NaN]}', "message 1"),
     ):

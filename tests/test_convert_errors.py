@@ -70,6 +70,14 @@ def list_shards(*names: str) -> Change:
     return change
 
 
+def text_index(content: Any) -> Change:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return change
+
+
 def duplicate_shard(folder: Path) -> None:
     list_shards("a.safetensors")(folder)
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
@@ -91,6 +99,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no weights": (without(WEIGHTS), r"neither model\.safetensors nor model\.safetensors\.index\.json"),
     "missing shard": (list_shards("a.safetensors", "b.safetensors"), r"lacks shards .*: b\.safetensors; fetch"),
     "shard elsewhere": (list_shards("a.safetensors", "../b.safetensors"), r"lists '\.\./b\.safetensors'"),
+    "nameless shard": (list_shards("a.safetensors", ""), "lists '': a shard is a .safetensors file"),
+    "shard of a control character": (list_shards("a.safetensors", "b\x1b[2J.safetensors"), r"lists 'b\\x1b\[2J"),
+    "shard with a null byte": (list_shards("a.safetensors", "b\0.safetensors"), r"lists 'b\\x00"),
+    "shard of a long name": (list_shards("a.safetensors", "b" * 5000 + ".safetensors"), "lists 'b*…': a shard"),
+    "many missing shards": (list_shards("a.safetensors", *(f"{n}.safetensors" for n in range(9))), "and 6 more; fetch"),
+    "weight map of numbers": (text_index({"weight_map": {"a": 1}}), "lists 1: a shard is"),
+    "weight map is a list": (text_index({"weight_map": ["a"]}), r"weight_map = \['a'\]: it must be an object"),
+    "no weight map": (text_index({}), "lacks weight_map"),
     "tensor in two shards": (duplicate_shard, r"is in both a\.safetensors and b\.safetensors"),
     "truncated shard": (truncate, r"is truncated: its header asks for \d+ bytes, it has \d+"),
     "bytes at the end": (lengthen, "10 bytes after its last tensor"),
@@ -151,6 +167,31 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "merges.txt").write_text("#version: 0.2\na b\nq zz\n"),
         r"merge [01] \('.*'\) does not join two tokens",
     ),
+    "a digit too many": (
+        lambda folder: change_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {}}}),
+        "lists {} as added token '999",
+    ),
+    "an added token that is a text": (
+        lambda folder: change_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {"9": "x"}}),
+        "lists 'x' as added token '9'",
+    ),
+    "an added token without a text": (
+        lambda folder: change_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": 3}}}),
+        "added token 9 says content = 3: it must be a text",
+    ),
+    "half a character": (
+        lambda folder: (folder / "added_tokens.json").write_text(r'{"\ud800": 500}'),
+        "half a character",
+    ),
+    "an id of 5,000 digits": (
+        lambda folder: (folder / "added_tokens.json").write_text('{"a": ' + "9" * 5000 + "}"),
+        "is not JSON .a number of 5000 digits",
+    ),
+    "an id of 99 digits": (
+        lambda folder: (folder / "added_tokens.json").write_text('{"a": ' + "9" * 99 + "}"),
+        "token 'a' has the id a number of 329 bits",
+    ),
+    "a rotation that is a list": (config(language_config__rope_scaling=[1]), r"rope_scaling = \[1\]: it must be"),
     "other front end": (
         lambda folder: change_json(folder / "processor_config.json", {"mel_config.mel_hop_length": 128}),
         "mel_hop_length = 128",
@@ -301,13 +342,20 @@ def header(**entries: Any) -> bytes:
     (b"\xff" * 8 + b"{}", "no whole safetensors file"),
     ((2).to_bytes(8, "little") + b"[]", "header that is a list"),
     ((16).to_bytes(8, "little") + b'{"a": 1, "a": 2}', "'a' is in the header twice"),
-    ((9999).to_bytes(8, "little") + b"[" * 9999, "header that is not JSON"),
+    ((9999).to_bytes(8, "little") + b"[" * 9999, "header is not JSON"),
     (header(a=5), "tensor a has a damaged header entry: "),
     (header(a={"dtype": "F4", "shape": [], "data_offsets": [0, 1]}), "unknown dtype 'F4'"),
     (header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}), "tensor a has a damaged header entry"),
+    (header(a={"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}), "says dtype = .*: it must be a text"),
+    (header(a={"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}), "says shape = 2: it must be a list of whole"),
+    (header(a={"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]}), "tensor a has a damaged header entry"),
+    (header(a={"dtype": "F32", "shape": [10**99] * 2, "data_offsets": [0, 4]}), "tensor a has a damaged header entry"),
+    (header(**{"a\x1b[2J": {}}), r"a tensor of the name 'a\\x1b\[2J'"),
+    (header(**{"a" * 5000: {}}), "a tensor of the name 'aaa"),
+    (header(**{"a\ud800": {}}), "half a character"),
     (header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}), "needs 8 bytes, its header gives it 4"),
     (header(a={"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}), "starts at byte"),
-    (header(a={"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**126]}), "is truncated"),
+    (header(a={"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**126]}), "damaged header entry"),
 ])  # fmt: skip
 def test_nonsense_in_a_header(shard_folder: Path, raw: bytes, message: str) -> None:
     (shard_folder / WEIGHTS).write_bytes(raw)

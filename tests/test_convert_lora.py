@@ -106,7 +106,7 @@ def test_ranks_may_differ(folder: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", folder / "checkpoint", rank=4)
     other = write_adapter(tmp_path / "b", folder / "checkpoint", r".*\.v_proj", rank=2)
     save_file(load_file(adapter / WEIGHTS) | load_file(other / WEIGHTS), adapter / WEIGHTS)
-    with pytest.raises(ConversionError, match="says r = 4, and the tensors' rank is"):
+    with pytest.raises(ConversionError, match="says r = 4: the tensors' rank is"):
         plan_lora(adapter)
     change_json(adapter / CONFIG, {"rank_pattern": {"v_proj": 2}})
     assert any("rank 2, 4, alpha 8" in note for note in plan_lora(adapter).notes)
@@ -181,8 +181,51 @@ def test_more_than_plain_lora(folder: Path, tmp_path: Path, key: str) -> None:
 def test_alphas_that_are_none(folder: Path, tmp_path: Path, alpha: Any) -> None:
     adapter = write_adapter(tmp_path / "a", folder / "checkpoint")
     (adapter / CONFIG).write_text(json.dumps(json.loads((adapter / CONFIG).read_text()) | {"lora_alpha": alpha}))
-    with pytest.raises(ConversionError, match=r"lora_alpha = .*: it must be a positive number"):
+    with pytest.raises(ConversionError, match=r"lora_alpha( = .*: it must be a (positive )?number|; fetch)"):
         plan_lora(adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("r", [4], r"r = \[4\]: it must be a whole number"),
+        ("r", "4", "r = '4': it must be a whole number"),
+        ("r", 5, "r = 5: the tensors' rank is 4"),
+        ("r", None, "lacks r"),
+        ("rank_pattern", [1], r"rank_pattern = \[1\]: it must be an object"),
+        ("lora_alpha", [8], r"lora_alpha = \[8\]: it must be a number"),
+        ("lora_alpha", 10**400, "a number of 401 digits"),
+        ("lora_alpha", 10**99, "lora_alpha = a number of 329 bits: it must be a positive number"),
+        ("use_rslora", "no", "use_rslora = 'no': it must be true or false"),
+        ("bias", ["none"], r"bias = \['none'\]: only plain LoRA"),
+        ("init_lora_weights", {"a": []}, "only plain LoRA"),
+    ],
+)
+def test_values_of_another_kind(folder: Path, tmp_path: Path, key: str, value: Any, complaint: str) -> None:
+    adapter = write_adapter(tmp_path / "a", folder / "checkpoint")
+    change_json(adapter / CONFIG, {key: value})
+    with pytest.raises(ConversionError, match=complaint) as caught:
+        plan_lora(adapter)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_copy_of_the_base_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """peft saves what an adapted head is the head of."""
+    plain = write_adapter(tmp_path / "plain", folder / "checkpoint", "lm_head")
+    convert(plan_lora(plain), tmp_path / "plain.gguf")
+    pairs = load_file(plain / WEIGHTS)
+    pairs |= {f"base_model.model.lm_head.base_layer.{part}": torch.ones(512, 256) for part in ("weight", "bias")}
+    save_file(pairs, plain / WEIGHTS)
+    plan = plan_lora(plain)
+    copies = "base_model.model.lm_head.base_layer.bias, base_model.model.lm_head.base_layer.weight"
+    assert f"left out, a copy of the model's own: {copies}" in plan.notes
+    convert(plan, tmp_path / "copies.gguf")
+    with open_gguf(tmp_path / "plain.gguf") as want, open_gguf(tmp_path / "copies.gguf") as found:
+        assert list(want.tensors) == list(found.tensors)
+        assert all(np.array_equal(want.data(name), found.data(name)) for name in want.tensors)
+    save_file({n: t for n, t in pairs.items() if "base_layer" in n}, plain / WEIGHTS)
+    with pytest.raises(ConversionError, match="does not hold pairs"):
+        plan_lora(plain)
 
 
 def test_against_the_model(folder: Path, tmp_path: Path) -> None:
@@ -199,7 +242,7 @@ def test_against_the_model(folder: Path, tmp_path: Path) -> None:
         plan_lora(wide, base=folder / "f32.gguf")
     with pytest.raises(ConversionError, match=r"surplus \(14\): base_model.model.language_model.layers.1."):
         plan_lora(more, base=tmp_path / "other.gguf")
-    with pytest.raises(ConversionError, match="is no moss_audio model"):
+    with pytest.raises(ConversionError, match="is a LoRA adapter; give it with --lora beside a model"):
         plan_lora(more, base=folder / "lora.gguf")
 
 
@@ -342,7 +385,7 @@ def test_commands_that_are_none(folder: Path, tmp_path: Path) -> None:
     fail(3, "is a directory", "convert", folder / "checkpoint", *out, "--lora", adapter)
     fail(2, "is no scale", "quantize", folder / "f32.gguf", out[1], "--lora", "x.gguf:much")
     fail(2, "is no scale", "plan", "-m", folder / "f32.gguf", "--lora", "x.gguf:much")
-    fail(3, "general.type is", "plan", "-m", folder / "f32.gguf", "--lora", folder / "f32.gguf")
+    fail(3, "is a model; give it with -m", "plan", "-m", folder / "f32.gguf", "--lora", folder / "f32.gguf")
     assert not list(tmp_path.iterdir())
 
 

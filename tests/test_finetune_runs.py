@@ -14,12 +14,12 @@ from auricle.convert.hf import plan_conversion
 from auricle.tools.finetune.batches import collate
 from auricle.tools.finetune.conversations import Conversations, ConversationSource
 from auricle.tools.finetune.curves import read_curves
-from auricle.tools.finetune.folder import read_codec, read_model
+from auricle.tools.finetune.folder import FolderError, read_codec, read_model
 from auricle.tools.finetune.greedy import continue_greedily
 from auricle.tools.finetune.model import Trainee, to_tensors
 from auricle.tools.finetune.train import Run, Settings, TrainingError
 from auricle.tools.finetune.tune import Task, TaskError, finetune, part_of
-from auricle.tools.oracle.model import OracleError, load_oracle
+from auricle.tools.oracle.model import load_oracle
 from talks import SHAPE, digits_data, write_conversations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,7 +198,7 @@ def test_a_run_is_not_overwritten_and_options_are_checked(folders, tmp_path: Pat
         finetune(task(folders, tmp_path, num_train_epochs=2, resume=True, seed=1))
     with pytest.raises(TaskError, match="--freeze ears"):
         finetune(task(folders, tmp_path, output_dir=tmp_path / "b", freeze=("ears",)))
-    with pytest.raises(OracleError, match="can't read"):
+    with pytest.raises(FolderError, match=r"has no config\.json"):
         finetune(task(folders, tmp_path, output_dir=tmp_path / "c", model_dir=tmp_path / "nothing"))
 
 

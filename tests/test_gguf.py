@@ -300,16 +300,18 @@ def test_require_checks_the_kind(tmp_path):
     fill(tmp_path / "a.gguf", METADATA, TENSORS)
     file = open_gguf(tmp_path / "a.gguf")
     assert file.require("z.first", int) == 7
+    assert file.require("z.first", float) == 7.0
     assert file.require("a.second", float) == float(np.float32(0.1))
     assert file.require("general.architecture", str) == "test"
     assert file.require("flag", bool) is True
-    assert file.require("tokens", list)[3] == "日本"
-    assert file.require("ids", list) == [-1, 2]
-    assert file.get("absent", 5) == 5
-    for key, kind in [("flag", int), ("z.first", bool), ("z.first", float), ("tokens", str), ("a.second", int)]:
-        with pytest.raises(GGUFError, match=rf"a\.gguf.*'{key}'.*expected {kind.__name__}"):
-            file.require(key, kind)
-    with pytest.raises(GGUFError, match=r"a\.gguf.*'absent' is missing"):
+    assert file.require("tokens", list[str])[3] == "日本"
+    assert file.require("ids", list[int]) == [-1, 2]
+    assert file.get("absent", int, 5) == 5
+    for key, kind in [("flag", int), ("z.first", bool), ("flags", list[int]), ("tokens", str), ("a.second", int)]:
+        for ask in (file.require, file.get):
+            with pytest.raises(GGUFError, match=rf"a\.gguf says {key} = .*: it must be .*; .* convert it again"):
+                ask(key, kind)
+    with pytest.raises(GGUFError, match=r"a\.gguf lacks absent"):
         file.require("absent", int)
     with pytest.raises(GGUFError, match=r"a\.gguf.*'absent' is missing"):
         file.data("absent")

@@ -25,7 +25,7 @@ def test_alignment_is_honoured(tmp_path, alignment):
     contents = fill(tmp_path / "a.gguf", METADATA, TENSORS, alignment)
     file = open_gguf(tmp_path / "a.gguf")
     assert file.alignment == alignment
-    assert file.get("general.alignment") == (None if alignment == 32 else alignment)
+    assert file.metadata.get("general.alignment") == (None if alignment == 32 else alignment)
     assert all(info.offset % alignment == 0 for info in file.tensors.values())
     assert all(file.data(name).tobytes() == raw for name, raw in contents.items())
 

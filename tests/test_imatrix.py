@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from auricle.convert.importance import (
 )
 from auricle.convert.source import ConversionError
 from auricle.engine import AuricleError, load
-from auricle.engine.gguf import GGUFError, open_gguf
+from auricle.engine.gguf import GGUFError, Typed, i32s, open_gguf, string, u32, u64
+from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.graph import Graph
 from auricle.engine.models.moss_audio import decoder_graph, encoder_graph
+from auricle.kernels.formats import F32
 from auricle.tools.cli.main import run
 from auricle.tools.imatrix import collect_importance
 from auricle.tools.sample import SampleShape, write_checkpoint
@@ -113,8 +116,9 @@ def test_files_of_other_tools(tmp_path: Path, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("tensors", "kind", "complaint"),
     [
-        (pair([1]), "model", "general.type is 'model', not 'imatrix'"),
-        (pair([1]), None, "general.type is None, not 'imatrix'"),
+        (pair([1]), "model", "is a model; give it with -m; give the output of auricle imatrix"),
+        (pair([1]), None, "is a model; give it with -m"),
+        (pair([1]), "adapter", "is a LoRA adapter; give it with --lora beside a model"),
         ({"w.weight": np.ones(3, np.float32)}, "imatrix", "holds no sums"),
         ({"w.weight.counts": np.ones(1, np.float32)}, "imatrix", "w.weight.in_sum2 is missing"),
         ({"w.weight.in_sum2": np.ones(3, np.float32)}, "imatrix", "w.weight.counts is missing"),
@@ -136,6 +140,56 @@ def test_files_that_make_no_sense(tmp_path: Path, tensors: dict, kind: str | Non
     assert complaint in message
     assert str(path) in message
     assert "\n" not in message
+
+
+def test_the_files_of_crispasr(tmp_path: Path) -> None:
+    """Sums under the weights' own names, counts in keys, no type."""
+    sums = {"enc.blk.0.attn.q.weight": [4, 0, 8], "llm.lm_head.weight": [3, 9]}
+    counts = {f"count.{name}": u64(4 - n) for n, name in enumerate(sums)}
+
+    def write(tensors: dict[str, np.ndarray], metadata: dict[str, Typed]) -> Path:
+        layout = plan_layout(metadata, [(name, x.shape, F32) for name, x in tensors.items()])
+        with GGUFWriter(tmp_path / "crisp.gguf", layout) as writer:
+            for name, x in tensors.items():
+                writer.write(name, x)
+        return tmp_path / "crisp.gguf"
+
+    tensors = {name: np.array(x, np.float32) for name, x in sums.items()}
+    found = read_matrix(write(tensors, counts))
+    assert {name: (s.squares.tolist(), s.n_rows) for name, s in found.sums.items()} == {
+        "enc.blk.0.attn.q.weight": ([4, 0, 8], 4),
+        "llm.lm_head.weight": ([3, 9], 3),
+    }
+    assert found.datasets == ()
+    bad = {name: typed for name, typed in counts.items() if "lm_head" in name}
+    for value, complaint in ((u64(0), "it must be 1 or more"), (string("4"), "it must be a whole number")):
+        with pytest.raises(AuricleError, match=complaint):
+            read_matrix(write(tensors, counts | {next(iter(bad)): value}))
+    with pytest.raises(ConversionError, match="is 2 rows of sums"):
+        read_matrix(write({"llm.lm_head.weight": np.ones((2, 3), np.float32)}, bad))
+    with pytest.raises(ConversionError, match="column 1 is -1"):
+        read_matrix(write({"llm.lm_head.weight": np.array([1, -1], np.float32)}, bad))
+
+
+@pytest.mark.parametrize("datasets", [string("a.txt"), u32(3), i32s([1, 2])], ids=["text", "number", "numbers"])
+def test_datasets_that_are_no_names(tmp_path: Path, datasets: Typed) -> None:
+    layout = plan_layout(
+        {"general.type": string("imatrix"), "imatrix.datasets": datasets},
+        [("w.weight.in_sum2", (1,), F32), ("w.weight.counts", (1,), F32)],
+    )
+    with GGUFWriter(tmp_path / "a.gguf", layout) as writer:
+        for name in layout.tensors:
+            writer.write(name, np.ones(1, np.float32))
+    with pytest.raises(GGUFError, match=r"imatrix.datasets = .*: it must be a list of texts"):
+        read_matrix(tmp_path / "a.gguf")
+
+
+def test_the_old_files_of_llama_cpp_are_known(tmp_path: Path) -> None:
+    name = b"blk.0.attn_q.weight"
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii3f", 7, 3, 1, 2, 3)
+    (tmp_path / "imatrix.dat").write_bytes(struct.pack("<i", 1) + entry)
+    with pytest.raises(GGUFError, match=r"an importance matrix in llama.cpp's old format; make it one with llama-imat"):
+        read_matrix(tmp_path / "imatrix.dat")
 
 
 def test_what_is_no_gguf_file(tmp_path: Path) -> None:
@@ -279,6 +333,11 @@ def other_matrix(folder: Path, tmp_path: Path) -> list:
     return [folder / "a.wav", "--merge", tmp_path / "other"]
 
 
+def strange_matrix(folder: Path, tmp_path: Path) -> list:
+    write_matrix(tmp_path / "other", make_matrix(blk__0__attn_q__weight=64))
+    return [folder / "a.wav", "--merge", tmp_path / "other"]
+
+
 WRONG: dict[str, tuple[Callable[[Path, Path], list], int, str]] = {
     "no model": (lambda f, _: [f / "a.wav", "-m", f / "no.gguf"], 3, "no.gguf"),
     "no audio": (lambda f, _: [f / "a.wav", f / "no.wav"], 4, "no.wav"),
@@ -287,7 +346,12 @@ WRONG: dict[str, tuple[Callable[[Path, Path], list], int, str]] = {
     "negative": (lambda f, _: [f / "a.wav", "--max-new-tokens", -1], 2, "max_new_tokens is -1"),
     "no folder": (lambda f, t: [f / "a.wav", "-o", t / "no" / "out.gguf"], 8, "is not a folder"),
     "over its input": (lambda f, _: [f / "a.wav", "-o", f / "model.gguf"], 8, "is an input itself"),
-    "merging a model": (lambda f, _: [f / "a.wav", "--merge", f / "model.gguf"], 6, "general.type is"),
+    "merging a model": (
+        lambda f, _: [f / "a.wav", "--merge", f / "model.gguf"],
+        6,
+        "model.gguf is a model; give it with -m",
+    ),
+    "merging what has no name of it": (strange_matrix, 6, "names no weight of this model (blk.0.attn_q.weight and 0"),
     "merging another model's": (other_matrix, 6, "adapter.up.weight has 64 columns, in the model 128"),
 }
 

@@ -11,11 +11,14 @@ import pytest
 from adapters import EVERYTHING, merge_into, write_adapter
 from auricle.convert.hf import convert, plan_conversion
 from auricle.convert.lora import plan_lora
+from auricle.convert.requantize import plan_requantization
+from auricle.convert.source import ConversionError
 from auricle.engine import Model, load
-from auricle.engine.gguf import GGUFError, Typed, f32, open_gguf, string, u32
+from auricle.engine.gguf import GGUFError, Typed, f32, f32s, i32s, open_gguf, string, strings, u32, u64
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.graph import Graph
 from auricle.engine.lora import LoraError, LowRank, apply_loras, parse_lora, stack
+from auricle.engine.models.config import ModelError
 from auricle.engine.rewrite import fuse_gates, fuse_linears, observe
 from auricle.engine.sampling import OptionError
 from auricle.kernels.formats import F32
@@ -215,12 +218,31 @@ EMBED = {"llm.embed.weight.lora_a": np.ones((2, 256)), "llm.embed.weight.lora_b"
 NAN = np.where(np.arange(512).reshape(2, 256) == 300, np.nan, 1.0)
 
 FAULTS = {
-    "a model": ({"general.type": string("model")}, PAIR, "general.type is 'model', not 'adapter'"),
-    "no type": ({"general.type": None}, PAIR, "general.type is None"),
+    "a model": (
+        {"general.type": string("model")},
+        PAIR,
+        "is a model; give it with -m; give a file of auricle conv",
+    ),
+    "a matrix": ({"general.type": string("imatrix")}, PAIR, "is an importance matrix; give it with --imatrix"),
+    "a projector": ({"general.type": string("mmproj")}, PAIR, "is of the type 'mmproj'; give a file"),
+    "a type that is a list": (
+        {"general.type": strings(["adapter"])},
+        PAIR,
+        r"type = \['adapter'\]: it must be a text",
+    ),
+    "a type that is a number": ({"general.type": u32(1)}, PAIR, "general.type = 1: it must be a text"),
+    "a list of adapter types": ({"adapter.type": strings(["lora"])}, PAIR, r"adapter.type = .*: it must be a text"),
+    "no adapter type": ({"adapter.type": None}, PAIR, "adapter.type is None, not 'lora'"),
+    "numbers for an architecture": (
+        {"general.architecture": i32s([1])},
+        PAIR,
+        "architecture = .* must be a text",
+    ),
+    "alpha is a text": ({"adapter.lora.alpha": string("4")}, PAIR, "adapter.lora.alpha = '4': it must be a number"),
+    "alpha is a list": ({"adapter.lora.alpha": f32s([4.0])}, PAIR, "adapter.lora.alpha = .*: it must be a number"),
     "another adapter": ({"adapter.type": string("control")}, PAIR, "adapter.type is 'control', not 'lora'"),
     "another architecture": ({"general.architecture": string("qwen3")}, PAIR, "for 'qwen3', and the model is 'moss_a"),
-    "alpha is whole": ({"adapter.lora.alpha": u32(4)}, PAIR, "'adapter.lora.alpha' is int, expected float"),
-    "alpha is none": ({"adapter.lora.alpha": f32(float("inf"))}, PAIR, "adapter.lora.alpha is inf"),
+    "alpha is none": ({"adapter.lora.alpha": f32(float("inf"))}, PAIR, "adapter.lora.alpha = inf: it must be a number"),
     "huge alpha": ({"adapter.lora.alpha": f32(3e38)}, {**PAIR, f"{Q}.lora_b": 9 * PAIR[f"{Q}.lora_b"]}, "not finite"),
     "empty": ({}, {"x": np.ones(3)}, "holds 'x', which is neither .lora_a nor .lora_b"),
     "line break": ({}, {"a\nb": np.ones(3)}, r"holds 'a\\nb', which"),
@@ -259,6 +281,37 @@ def test_alpha_may_be_missing(folder: Path, tmp_path: Path) -> None:
         want = answer(model)[0]["logits"]
     with load(folder / "base.gguf", lora=[f"{silent}:1"], n_ctx=400) as model:
         assert np.array_equal(answer(model)[0]["logits"], want)
+
+
+def test_alpha_may_be_whole_and_the_type_unsaid(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pair = {name: 0.1 * rng.standard_normal(values.shape) for name, values in PAIR.items()}
+    stated = write_file(tmp_path / "stated.gguf", {}, pair)
+    silent = write_file(tmp_path / "silent.gguf", {"adapter.lora.alpha": u32(4), "general.type": None}, pair)
+    answers = []
+    for path in (stated, silent):
+        with load(folder / "base.gguf", lora=[path], n_ctx=400) as model:
+            answers.append(answer(model)[0]["logits"])
+    assert np.array_equal(*answers)
+
+
+def test_what_is_no_model_says_what_it_is(folder: Path, tmp_path: Path) -> None:
+    adapter = write_file(tmp_path / "voice.gguf", {}, PAIR)
+    matrix = write_file(tmp_path / "matrix.gguf", {"general.type": string("imatrix")}, PAIR)
+    theirs = write_file(tmp_path / "theirs.gguf", {"general.type": None, f"count.{Q}": u64(3)}, {Q: np.ones((1, 256))})
+    other = write_file(tmp_path / "eyes.gguf", {"general.type": string("mmproj")}, PAIR)
+    for path, complaint in (
+        (adapter, "is a LoRA adapter; give it with --lora beside a model; a model is wanted here"),
+        (matrix, "is an importance matrix; give it with --imatrix"),
+        (theirs, "is an importance matrix; give it with --imatrix"),
+        (other, "is of the type 'mmproj'"),
+    ):
+        with pytest.raises(ModelError, match=complaint) as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+        if path is not other:
+            with pytest.raises(ConversionError, match="only models are quantised"):
+                plan_requantization(path, "q8_0")
 
 
 def test_bytes_that_are_no_adapter(folder: Path, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ Nothing here needs the shared material: the checkpoints, prompts and sounds are 
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import cache
 
 import numpy as np
 import pytest
 
 from auricle.engine import AuricleError, load
-from auricle.engine.gguf import Typed, i32, open_gguf, string, u32
+from auricle.engine.gguf import Typed, boolean, f32, i32, i32s, open_gguf, string, u32
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.models.config import ModelError
+from auricle.engine.models.moss_audio import MAX_WINDOW, read_moss_audio
 from auricle.kernels.formats import F16
 from auricle.tools.sample import SampleShape
 from auricle.tools.stages import drop_padding, trace_stages, window_lengths
@@ -149,6 +151,14 @@ def widened(name: str):
     return change
 
 
+def other_mels(metadata: dict, tensors: dict) -> None:
+    metadata["moss_audio.enc.num_mel_bins"] = u32(120)
+    (n_out, n_in), fmt, data = tensors["enc.stem_proj.weight"]
+    narrow = data.view("<f4").reshape(n_out, n_in)[:, : n_in // 16 * 15]
+    tensors["enc.stem_proj.weight"] = (narrow.shape, fmt, np.ascontiguousarray(narrow).view(np.uint8))
+    del tensors["audio.mel_filters"]
+
+
 def reshaped(metadata: dict, tensors: dict) -> None:
     shape, fmt, data = tensors["llm.blk.0.ffn.up.weight"]
     tensors["llm.blk.0.ffn.up.weight"] = (shape[::-1], fmt, data.reshape(shape[1], -1))
@@ -168,7 +178,8 @@ def reshaped(metadata: dict, tensors: dict) -> None:
         (setting("moss_audio.deepstack.num_inject_layers", i32(-1)), "num_inject_layers is -1"),
         (halved("audio.mel_filters"), "audio.mel_filters is F16; it must be F32"),
         (widened("audio.mel_window"), r"audio.mel_window is \[800\]; the keys ask for \[400\]"),
-        (lambda m, t: m.pop("moss_audio.llm.head_dim"), "moss_audio.llm.head_dim' is missing"),
+        (other_mels, "tensor audio.mel_filters is missing, for other than 128 bins"),
+        (lambda m, t: m.pop("moss_audio.llm.head_dim"), "lacks moss_audio.llm.head_dim"),
         (lambda m, t: m.update({"general.architecture": string("whisper")}), "architecture is 'whisper'"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -179,6 +190,45 @@ def test_a_file_that_cannot_be_run_says_why(built, tmp_path, change, complaint: 
     with pytest.raises(AuricleError, match=complaint) as caught:
         load(tmp_path / "bad.gguf")
     assert "\n" not in str(caught.value)
+
+
+MEBIBYTE = 1 << 20
+BOMBS: dict[str, dict[str, int | Typed]] = {
+    "a wide encoder": {"enc.d_model": 1 << 30},
+    "a long window": {"enc.n_window": 1 << 20, "enc.max_source_positions": 1 << 31},
+    "the longest window": {"enc.n_window": MAX_WINDOW, "enc.max_source_positions": 1 << 31, "enc.d_model": 1 << 31},
+    "many mels": {"enc.num_mel_bins": 1 << 31},
+    "many channels": {"enc.downsample_hidden_size": 1 << 31},
+    "a wide projection": {"enc.output_dim": 1 << 31},
+    "a large vocabulary": {"llm.vocab_size": 1 << 31},
+    "a wide decoder": {"llm.hidden_size": 1 << 31, "llm.head_dim": 1 << 31},
+    "many layers": {"enc.encoder_layers": 1 << 31},
+    "as many layers as tensors": {"llm.num_layers": 60},
+    "many taps": {"deepstack.num_taps": 1 << 31},
+    "a long context": {"llm.max_position_embeddings": (1 << 32) - 1},
+    "a text for a size": {"enc.d_model": string("256")},
+    "a list for a size": {"llm.num_layers": i32s([2])},
+    "a bool for a size": {"enc.n_window": boolean(True)},
+    "no number": {"llm.rms_norm_eps": f32(float("nan"))},
+    "an endless number": {"llm.rope_theta": f32(float("inf"))},
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_sizes_are_compared_with_the_tensors_before_anything_is_made(built, tmp_path, bomb: str) -> None:
+    _, path = built("plain")
+    changes = {f"moss_audio.{k}": v if isinstance(v, Typed) else u32(v) for k, v in BOMBS[bomb].items()}
+    rewritten(path, tmp_path / "bad.gguf", lambda metadata, tensors: metadata.update(changes))
+    with open_gguf(tmp_path / "bad.gguf") as file:
+        tracemalloc.start()
+        try:
+            with pytest.raises(AuricleError) as caught:
+                read_moss_audio(file)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+    assert peak < 4 * MEBIBYTE, f"{peak:,} bytes for {caught.value}"
 
 
 def test_vocabulary_and_embedding_must_agree(built, tmp_path) -> None:

@@ -129,7 +129,7 @@ def test_metadata_is_copied_with_its_types(models: Path, tmp_path: Path) -> None
         assert list(before.types) == list(after.types)
         changed = {key for key in before.types if not np.array_equal(before.metadata[key], after.metadata[key])}
         assert changed == {"general.file_type"}
-        assert (before.get("general.file_type"), after.get("general.file_type")) == (1, 17)
+        assert (before.metadata.get("general.file_type"), after.metadata.get("general.file_type")) == (1, 17)
         kinds = [(typed.type, typed.item) for typed in before.types.values()]
         assert kinds == [(typed.type, typed.item) for typed in after.types.values()]
 
@@ -148,7 +148,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     with open_gguf(tmp_path / "b.gguf") as file:
         assert file.alignment == 64
         assert {name: file.types[name].type for name in METADATA} == {name: t.type for name, t in METADATA.items()}
-        assert file.get("tokens") == METADATA["tokens"].value
+        assert file.metadata.get("tokens") == METADATA["tokens"].value
         assert [file.tensors[name].format for name in ("w", "norm", "conv", "head")] == [F32, F32, F16, Q8_0]
     assert {n for n in before if before[n] == found[n]} == {"norm", "conv", "head"}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from auricle.engine.byte_pairs import _reduce, restore_merges
+from auricle.engine.charsmap import is_sound
 from auricle.engine.tokenizer import Tokenizer, TokenizerError
 from support import SHARED, needs_shared
 from vocabularies import CORPUS, SPECIALS, golden_metadata, qwen2_metadata, small_metadata, trained
@@ -172,7 +175,7 @@ def test_text_of_audio_slots_is_plain_text():
     metadata["tokenizer.ggml.tokens"].append("<|AUDIO|>")
     metadata["tokenizer.ggml.token_type"].append(3)
     assert Tokenizer.from_metadata(metadata).encode("<|AUDIO|>") == [slot]
-    metadata |= {"general.architecture": "moss_audio", "moss_audio.audio_token_id": np.uint32(slot)}
+    metadata |= {"general.architecture": "moss_audio", "moss_audio.audio_token_id": slot}
     tokenizer = Tokenizer.from_metadata(metadata)
     assert tokenizer.encode("<|AUDIO|>") == small().encode("<|AUDIO|>") != [slot]
     assert tokenizer.decode([slot]) == ""
@@ -210,15 +213,26 @@ def test_without_the_merges_key():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
-        ({"tokenizer.ggml.model": 3}, "tokenizer.ggml.model is not a string"),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'"),
-        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
-        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is not a list of strings"),
-        ({"tokenizer.ggml.tokens": "abc"}, "tokenizer.ggml.tokens is not a list of strings"),
-        ({"tokenizer.ggml.token_type": [1, 2]}, "tokenizer.ggml.token_type has 2 values"),
-        ({"tokenizer.ggml.token_type": [9] * 433}, "outside 1..6"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores is missing"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model = 'bert': this program reads 'gpt2'"),
+        ({"tokenizer.ggml.model": 3}, "tokenizer.ggml.model = 3: it must be a text"),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, "tokenizer.ggml.pre = 'llama-bpe': this program knows qwen2"),
+        ({"tokenizer.ggml.tokens": None}, "lacks tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens = [1, 2]: it must be a list of texts"),
+        ({"tokenizer.ggml.tokens": "abc"}, "tokenizer.ggml.tokens = 'abc': it must be a list of texts"),
+        ({"tokenizer.ggml.token_type": [1, 2]}, "there are 2 for 433 tokens"),
+        ({"tokenizer.ggml.token_type": [9] * 433}, "each must be a whole number from 1 to 6"),
+        ({"tokenizer.ggml.model": "llama"}, "lacks tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.model": ["gpt2"]}, "tokenizer.ggml.model = ['gpt2']: it must be a text"),
+        ({"tokenizer.ggml.pre": ["qwen2"]}, "tokenizer.ggml.pre = ['qwen2']: it must be a text"),
+        ({"tokenizer.ggml.pre": np.array([1, 2])}, "tokenizer.ggml.pre = array([1, 2]): it must be a text"),
+        ({"tokenizer.ggml.merges": "a b"}, "tokenizer.ggml.merges = 'a b': it must be a list of texts"),
+        ({"tokenizer.ggml.merges": [["a", "b"]]}, "it must be a list of texts"),
+        ({"tokenizer.ggml.token_type": "x"}, "tokenizer.ggml.token_type = 'x': it must be a list of numbers"),
+        ({"tokenizer.ggml.token_type": ["x"] * 433}, "it must be a list of numbers"),
+        ({"tokenizer.ggml.token_type": [1.5] * 433}, "each must be a whole number from 1 to 6"),
+        ({"tokenizer.ggml.token_type": np.ones((433, 1))}, "it must be a list of numbers"),
+        ({"general.architecture": [1]}, "general.architecture = [1]: it must be a text"),
+        ({"general.architecture": "m", "m.audio_token_id": "7"}, "m.audio_token_id = '7': it must be a whole number"),
     ],
 )
 def test_unusable_metadata(change, message):
@@ -227,6 +241,61 @@ def test_unusable_metadata(change, message):
         Tokenizer.from_metadata(small_metadata() | change)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Counted(dict):
+    """How often it was asked."""
+
+    n_asked = 0
+
+    def __contains__(self, key):
+        self.n_asked += 1
+        return super().__contains__(key)
+
+
+@pytest.mark.parametrize("n", [1000, 4000])
+def test_restoring_a_long_token_takes_about_as_many_steps_as_it_has_letters(n):
+    ranks = Counted({("a", "b"): 0, ("ab", "ab"): 1, ("abab", "abab"): 2})
+    assert "".join(_reduce("ab" * n, ranks)) == "ab" * n
+    assert ranks.n_asked < 10 * n
+
+
+@given(
+    token=st.text("abc", max_size=30),
+    pairs=st.lists(
+        st.tuples(st.text("abc", min_size=1, max_size=3), st.text("abc", min_size=1, max_size=3)), max_size=12
+    ),
+)
+def test_reducing_takes_the_lowest_rank_first(token, pairs):
+    ranks = {pair: rank for rank, pair in enumerate(dict.fromkeys(pairs))}
+    parts = list(token)
+    while known := [(ranks[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        at = min(known)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    assert _reduce(token, ranks) == parts
+
+
+def test_a_lost_merge_of_letters_that_are_no_tokens_stays_lost():
+    tokens = [*"abcdef", "ab", "xy", *(a + b for a in "abcdef" for b in "cdef")]
+    index = {token: i for i, token in enumerate(tokens)}
+    merges = [("a", "b"), *((a, b) for a in "abcdef" for b in "cdef")]
+    assert restore_merges(merges, tokens, index, range(len(tokens))) == merges
+    for known in ("x", "y"):
+        assert restore_merges(merges, tokens, index | {known: 99}, range(len(tokens))) == merges
+    both = index | {"x": 98, "y": 99}
+    assert restore_merges(merges, tokens, both, range(len(tokens))) == [merges[0], ("x", "y"), *merges[1:]]
+
+
+def test_special_tokens_without_end():
+    """A pattern of a whole vocabulary would take minutes to make."""
+    metadata = small_metadata()
+    n = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["<" + "x" * 98 + ">"] * 2622
+    metadata["tokenizer.ggml.token_type"] += [3] * 2622
+    with pytest.raises(TokenizerError, match="special tokens have 262,144 letters at most"):
+        Tokenizer.from_metadata(metadata)
+    metadata["tokenizer.ggml.token_type"][n + 100 :] = [1] * 2522
+    Tokenizer.from_metadata(metadata)
 
 
 def test_text_that_is_no_unicode():
@@ -308,8 +377,84 @@ def test_sentencepiece_special_tokens():
 def test_sentencepiece_with_repeated_and_empty_tokens():
     metadata = piece_metadata(True)
     for key, more in (("tokens", ["", "▁", "[PAD402]"]), ("scores", [0.0] * 3), ("token_type", [1, 1, 5])):
-        metadata[f"tokenizer.ggml.{key}"] = [*metadata[f"tokenizer.ggml.{key}"], *more]
+        metadata[f"tokenizer.ggml.{key}"] = np.append(metadata[f"tokenizer.ggml.{key}"], more).tolist()
     assert Tokenizer.from_metadata(metadata).encode(CORPUS[0]) == piece_trainer(True).encode(CORPUS[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": "high"}, "scores = 'high': it must be a list of numbers"),
+        ({"scores": ["a"] * 400}, "it must be a list of numbers"),
+        ({"scores": [0.0]}, "there are 1 for 400 tokens"),
+        ({"scores": [float("nan")] * 400}, "each must be a finite float32"),
+        ({"scores": [1e39] * 400}, "each must be a finite float32"),
+        ({"add_space_prefix": "yes"}, "add_space_prefix = 'yes': it must be true or false"),
+        ({"add_space_prefix": [True]}, "it must be true or false"),
+        ({"precompiled_charsmap": "abc"}, "precompiled_charsmap = 'abc': it must be a list of numbers"),
+        ({"precompiled_charsmap": [256]}, "each must be a byte"),
+        ({"precompiled_charsmap": [-1]}, "each must be a byte"),
+        ({"precompiled_charsmap": [0.5]}, "each must be a byte"),
+        ({"precompiled_charsmap": [1, 2, 3]}, "it is damaged"),
+        ({"token_type": [7] * 400}, "each must be a whole number from 1 to 6"),
+    ],
+)
+def test_unusable_metadata_of_sentencepiece(change, message):
+    metadata = piece_metadata(True) | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.from_metadata(metadata)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def trie(*units: int, texts: bytes = b"a\0") -> bytes:
+    raw = np.array(units, "<u4").tobytes()
+    return len(raw).to_bytes(4, "little") + raw + texts
+
+
+ROOM = [0] * 255
+
+
+@pytest.mark.parametrize(
+    ("raw", "sound"),
+    [
+        (trie(0, *ROOM), True),
+        (trie(1 << 10, *ROOM), True),
+        (trie(256 << 10, *ROOM), False),
+        (trie(0), False),
+        (trie(1 << 31, *ROOM), True),
+        (trie(1 << 31 | 1, *ROOM), True),
+        (trie(1 << 31 | 2, *ROOM), False),
+        (trie(0, *ROOM, texts=b"a"), False),
+        (trie(0, *ROOM, texts=b""), False),
+        (trie(), False),
+        (trie(0, *ROOM)[:40], False),
+        (b"", False),
+    ],
+)
+def test_a_map_of_characters_must_not_lead_out_of_itself(raw, sound):
+    assert is_sound(raw) is sound
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf"])
+def test_the_maps_of_sentencepiece_are_sound_and_normalise_as_it_does(rule):
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceNormalizer(rule_name=rule)
+    model = theirs.serialized_model_proto()
+    start = model.index(b"\x12", model.index(rule.encode()))  # field 2 of the normaliser, after its name
+    length = shift = 0
+    for at in range(start + 1, start + 6):
+        length |= (model[at] & 0x7F) << shift
+        shift += 7
+        if model[at] < 0x80:
+            break
+    raw = model[at + 1 : at + 1 + length]
+    assert is_sound(raw)
+    metadata = piece_metadata(False) | {"tokenizer.ggml.precompiled_charsmap": list(raw)}
+    tokenizer, plain = Tokenizer.from_metadata(metadata), pieces(False)
+    normal = theirs.normalize("ＡＢＣ ①").removeprefix("▁").replace("▁", " ")
+    assert tokenizer.encode("ＡＢＣ ①") == plain.encode(normal)
 
 
 def test_sentencepiece_refuses_a_model_that_lacks_a_byte():

@@ -207,8 +207,8 @@ def run_bench(
         read = bytes_per_token(model)
         return {
             "model": str(model.file.path),
-            "name": str(model.file.metadata.get("general.name", "")),
-            "file_bytes": Path(model.file.path).stat().st_size,
+            "name": model.file.get("general.name", str, ""),
+            "file_bytes": sum(path.stat().st_size for path in model.file.paths),
             "backend": model.backend.name,
             "precision": precision,
             "kv_type": model.kv_format.name.lower(),

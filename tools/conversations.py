@@ -9,13 +9,15 @@ A relative path is relative to the file. Opens no audio; knows no prompts and no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..convert.documents import parse_document
+from ..engine.fields import as_kind
 from ..kernels.errors import AuricleError
+from ..kernels.quote import quote
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["audio", "text"]
@@ -60,6 +62,8 @@ def read_conversations(path: str | Path, limit: int | None = None) -> list[Conve
     or is not in the format.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ConversationError(f"{path} cannot be read: it is not a regular file")
     found: list[Conversation] = []
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -67,7 +71,7 @@ def read_conversations(path: str | Path, limit: int | None = None) -> list[Conve
                 found.append(parse_line(text, f"{path}, line {number}", number, path.parent))
                 if len(found) == limit:
                     break
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConversationError(f"{path} cannot be read: {reason}") from error
     if not found:
@@ -89,13 +93,10 @@ def _lines(path: Path, file: Any) -> Iterator[tuple[int, str]]:
 
 def parse_line(text: str, where: str, number: int, folder: Path) -> Conversation:
     """One line. Raises ConversationError that begins with `where`."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConversationError(f"{where}: not JSON ({str(error).splitlines()[0]})") from error
-    messages = document.get("conversation") if isinstance(document, dict) else None
+    document = parse_document(text.encode(), where, ConversationError, "write one object a line")
+    messages = document.look_up("conversation")
     if not isinstance(messages, list) or not messages:
-        raise ConversationError(f'{where}: no list of messages under "conversation"')
+        raise ConversationError(f'{document.where}: no list of messages under "conversation"')
     turns = tuple(_parse_turn(message, f"{where}, message {n}", folder) for n, message in enumerate(messages, 1))
     if turns[-1].role != "assistant" or not any(turn.role == "user" for turn in turns):
         raise ConversationError(f"{where}: the last message must be the assistant's, after at least one of the user")
@@ -106,10 +107,10 @@ def parse_line(text: str, where: str, number: int, folder: Path) -> Conversation
 
 def _parse_turn(message: Any, where: str, folder: Path) -> Turn:
     fields = message if isinstance(message, dict) else {}
-    role, kind, content = (fields.get(key) for key in ("role", "message_type", "content"))
-    if role not in ROLES or kind not in KINDS or not isinstance(content, str):
+    role, kind, content = (as_kind(fields.get(key), str) for key in ("role", "message_type", "content"))
+    if role not in ROLES or kind not in KINDS or content is None:
         wanted = f"role ({', '.join(ROLES)}), message_type ({', '.join(KINDS)}) and content, a text"
-        raise ConversationError(f"{where}: {json.dumps(message)[:60]} does not have {wanted}")
+        raise ConversationError(f"{where}: {quote(message)} does not have {wanted}")
     if kind == "text":
         return Turn(role, kind, content)
     if role != "user":

@@ -28,6 +28,7 @@ def describe_file(file: GGUFFile) -> dict[str, Any]:
         "assumed": assumed_keys(file.metadata),
         "tensors": [
             {"name": t.name, "shape": list(t.shape), "type": t.format.name, "offset": t.offset, "bytes": t.nbytes}
+            | ({"part": t.part + 1} if len(file.paths) > 1 else {})
             for t in file.tensors.values()
         ],
         "bytes_by_part": dict(parts),

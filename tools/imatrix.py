@@ -82,7 +82,13 @@ def run_request(runtime: Runtime, heard: Heard, prompt: Prompt, max_new_tokens: 
 
 
 def check_columns(model: Model, matrix: ImportanceMatrix, path: str) -> None:
-    """Raises ConversionError where a weight of `model` has another number of columns in a matrix from `path`."""
+    """Raises ConversionError for a matrix from `path` that names no weight of `model`, or one of another width."""
+    if not matrix.sums.keys() & model.file.tensors.keys():
+        first = next(iter(matrix.sums))
+        raise ConversionError(
+            f"{path} names no weight of this model ({first} and {len(matrix.sums) - 1} others); merge only "
+            "what was collected on this model"
+        )
     for name, sums in matrix.sums.items():
         info = model.file.tensors.get(name)
         if info is not None and info.shape[-1] != sums.squares.size:

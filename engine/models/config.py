@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...kernels.errors import AuricleError
+from ...kernels.quote import quote
 
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
@@ -29,16 +29,15 @@ def absent_fields(cls: type, metadata: Mapping[str, Any], prefix: str) -> dict[s
 def read_config(cls: type[T], file: GGUFFile, prefix: str) -> T:
     """Fills the dataclass `cls` from the keys `prefix.<field>`. A field without a default must be in the file.
 
-    Raises GGUFError for a missing key or a wrong type, ModelError for a size below 1.
+    Raises GGUFError for a missing key or a wrong kind, ModelError for a size below 1.
     """
     kinds = typing.get_type_hints(cls)
     values = {}
     for field in dataclasses.fields(cls):
-        key = f"{prefix}.{field.name}"
+        key, kind = f"{prefix}.{field.name}", kinds[field.name]
         if field.default is not dataclasses.MISSING and key not in file.metadata:
             continue
-        value = file.require(key, kinds[field.name])
-        if kinds[field.name] in (int, float) and not 0 < value < math.inf:
-            raise ModelError(f"{file.path}: {key} is {value}; it must be positive")
-        values[field.name] = value
+        values[field.name] = file.require(key, kind)
+        if kind in (int, float) and not values[field.name] > 0:
+            raise ModelError(f"{file.where}: {key} is {quote(values[field.name])}; it must be positive")
     return cls(**values)

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...kernels.formats import F32
+from ...kernels.quote import quote
 from ..graph import Graph, Value
+from ..kinds import MODEL, expect_kind
+from ..mel import N_MELS
 from ..tokenizer import DEFAULT_PRE
 from .config import ModelError, absent_fields, read_config
 from .qwen3 import DecoderConfig, Head, Inject, build_decoder
@@ -25,7 +28,12 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "moss_audio"
 TIME_MARKERS_DEFAULT = True  # published files lack the key
-MAX_CONTEXT = 1 << 24  # tokens; no model comes near
+# Sizes that no tensor of a file bears out; no model comes near.
+MAX_CONTEXT = 1 << 24  # tokens
+MAX_WINDOW = 1 << 14  # half the frames of a window
+MAX_TAPS = 64
+MEL_FILTERS = "audio.mel_filters"
+ENCODER_TENSORS, DECODER_TENSORS = 15, 11  # of each layer
 
 # Parts of the model, for totals: the first pattern that matches a tensor's name.
 PARTS: tuple[tuple[str, str], ...] = (
@@ -87,12 +95,11 @@ class MossAudioConfig:
 
 def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
     """The configuration of a model file. Raises GGUFError or ModelError naming the key that is missing or wrong."""
+    expect_kind(file, MODEL, ModelError, "a model is wanted here")
     architecture = file.require("general.architecture", str)
     if architecture != ARCHITECTURE:
-        raise ModelError(f"{file.path}: architecture is {architecture!r}; this engine runs {ARCHITECTURE!r}")
-    n_taps = file.require("moss_audio.deepstack.num_taps", int)
-    if not 0 <= n_taps <= 64:
-        raise ModelError(f"{file.path}: moss_audio.deepstack.num_taps is {n_taps}; it must be 0 to 64")
+        raise ModelError(f"{file.where}: architecture is {quote(architecture)}; this engine runs {ARCHITECTURE!r}")
+    n_taps = file.require("moss_audio.deepstack.num_taps", int, within=(0, MAX_TAPS))
     config = MossAudioConfig(
         encoder=read_config(EncoderConfig, file, "moss_audio.enc"),
         decoder=read_config(DecoderConfig, file, "moss_audio.llm"),
@@ -101,7 +108,7 @@ def read_moss_audio(file: GGUFFile) -> MossAudioConfig:
         adapter_hidden=file.require("moss_audio.adapter.hidden_size", int),
         tied="llm.lm_head.weight" not in file.tensors,
     )
-    check_config(config, str(file.path), len(file.tensors))
+    check_config(config, file.where, len(file.tensors))
     check_tensors(config, file)
     return config
 
@@ -124,8 +131,10 @@ def check_config(c: MossAudioConfig, path: str, n_tensors: int) -> None:
     e, d = c.encoder, c.decoder
     outside = [t for t in c.taps if not 0 <= t < e.encoder_layers]
     n_layer, n_tokens = e.encoder_layers + d.num_layers, e.n_window // 4
+    n_least = ENCODER_TENSORS * e.encoder_layers + DECODER_TENSORS * d.num_layers
     rules = [
-        (n_layer <= n_tensors, f"enc.encoder_layers and llm.num_layers are {n_layer} for {n_tensors} tensors"),
+        (n_least <= n_tensors, f"enc.encoder_layers and llm.num_layers are {n_layer} for {n_tensors} tensors"),
+        (e.n_window <= MAX_WINDOW, f"enc.n_window is above {MAX_WINDOW}"),
         (d.max_position_embeddings <= MAX_CONTEXT, f"llm.max_position_embeddings is above {MAX_CONTEXT}"),
         (n_tokens <= e.max_source_positions, f"enc.n_window {e.n_window} is above 4 x enc.max_source_positions"),
         (e.downsample_rate == 8, f"enc.downsample_rate is {e.downsample_rate}; three convolutions make it 8"),
@@ -149,17 +158,19 @@ def check_tensors(c: MossAudioConfig, file: GGUFFile) -> None:
     encoder = encoder_graph(c, 1, c.encoder.window_frames, c.encoder.window_frames // 8)
     decoder = decoder_graph(c, 1, 1, head="all", with_audio=True)
     wanted = {leaf.name: leaf.shape for leaf in encoder.leaves_of("weight") + decoder.leaves_of("weight")}
-    tables = {"audio.mel_filters": (201, c.encoder.num_mel_bins), "audio.mel_window": (400,)}
+    tables = {MEL_FILTERS: (201, c.encoder.num_mel_bins), "audio.mel_window": (400,)}
     for name, shape in (wanted | tables).items():
         info = file.tensors.get(name)
         if info is None:
+            if name == MEL_FILTERS and c.encoder.num_mel_bins != N_MELS:
+                raise ModelError(f"{file.where}: tensor {name} is missing, for other than {N_MELS} bins; convert again")
             if name in wanted:
-                raise ModelError(f"{file.path}: tensor {name} is missing; convert the checkpoint again")
+                raise ModelError(f"{file.where}: tensor {name} is missing; convert the checkpoint again")
             continue
         if info.shape != shape:
-            raise ModelError(f"{file.path}: tensor {name} is {list(info.shape)}; the keys ask for {list(shape)}")
+            raise ModelError(f"{file.where}: tensor {name} is {list(info.shape)}; the keys ask for {list(shape)}")
         if name in tables and info.format is not F32:
-            raise ModelError(f"{file.path}: tensor {name} is {info.format}; it must be F32")
+            raise ModelError(f"{file.where}: tensor {name} is {info.format}; it must be F32")
 
 
 def token_count(n_frames: int) -> int:
@@ -204,7 +215,8 @@ def encoder_graph(c: MossAudioConfig, n_windows: int, n_frames: int, n_rows: int
     valid = g.input("valid", (n_rows,), "i32")
 
     x = g.stage("enc.stem_proj", build_stem(g, e, mel))  # [W, T, d_model]
-    x = g.add(x, g.constant(f"positions.{x.shape[1]}", sinusoids(*x.shape[1:])))
+    size = x.shape[1:]
+    x = g.add(x, g.constant(f"positions.{size[0]}", size, lambda: sinusoids(*size)))
     taps: dict[int, Value] = {}
     for n in range(e.encoder_layers):
         x = g.stage(f"enc.blk.{n}", build_encoder_block(g, e, n, x, lengths))

@@ -50,7 +50,7 @@ def transcribe(
     question = prompt if prompt is not None else TASKS["timestamps" if timestamps else "transcribe"]
     if settings.model is None:
         settings = dataclasses.replace(settings, model=model_in_the_box())
-    with settings.open() as model:
+    with _open(settings, [[file] for file in files]) as model:
         statuses = [_answer(model, [file], question, settings) for file in files]
     failures = [status for status in statuses if status not in (0, CUT_OFF)]
     raise typer.Exit(failures[0] if failures else max(statuses))
@@ -74,7 +74,7 @@ def ask(
     All files belong to one question, in their order.
     """
     files, question = split_question(words, prompt)
-    with settings.open() as model:
+    with _open(settings, [files]) as model:
         raise typer.Exit(_answer(model, files, question, settings))
 
 
@@ -101,10 +101,24 @@ def _looks_like_a_file(text: str) -> bool:
     return words == 1 and Path(text).suffix.lower() in AUDIO_SUFFIXES
 
 
+def _open(settings: AnswerSettings, requests: list[list[str]]) -> Model:
+    """The model; where it cannot be opened, each request has its line of JSON all the same."""
+    try:
+        return settings.open()
+    except AuricleError as error:
+        for files in requests if settings.as_json else ():
+            print_json({**_name(files, settings), "error": str(error)})
+        raise
+
+
+def _name(files: list[str], settings: AnswerSettings) -> dict[str, Any]:
+    return {"model": str(settings.model), "file": files[0] if len(files) == 1 else files or None}
+
+
 def _answer(model: Model, files: list[str], prompt: str, settings: AnswerSettings) -> int:
     """One request; gives the exit status. A failure is told on stderr and, with --json, on stdout too; so is an answer
     that was cut off."""
-    named = {"model": str(settings.model), "file": files[0] if len(files) == 1 else files or None}
+    named = _name(files, settings)
     try:
         sources = [_read_stdin() if file == "-" else file for file in files]
         result = _stream(model, sources, prompt, settings)

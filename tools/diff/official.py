@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ...convert.checkpoint import open_checkpoint
 from .checkpoint import RESIDENT_BYTES, checkpoint_formats
 from .request import BLOCK_ROWS, GENERATED, IDS, MEL, Array, Blocks, DiffError, Emit, Request
 
@@ -41,6 +42,8 @@ class Official:
         self._python = python or (own if own.is_file() else Path(sys.executable))
         self._paths, self._stages, self._time_markers = (checkout, checkpoint), set(stages), time_markers
         self.formats = checkpoint_formats(checkpoint)
+        with open_checkpoint(checkpoint) as source:
+            self._places = {n: (str(t.file), t.dtype, t.shape, t.offset) for n, t in source.tensors.items()}
         self.about: dict[str, Any] = {"kind": "official", "path": str(checkout), "checkpoint": str(checkpoint)}
 
     def trace(self, request: Request, wanted: Sequence[str], emit: Emit) -> None:
@@ -51,6 +54,7 @@ class Official:
             "time_markers": self._time_markers if request.time_markers is None else request.time_markers,
             "ops": any(name not in self._stages and name not in (MEL, IDS) for name in wanted if ".logits" not in name),
             "resident_bytes": RESIDENT_BYTES,
+            "tensors": self._places,
         }
         asked["ops"] = asked["ops"] and GENERATED not in wanted
         with tempfile.TemporaryFile() as errors:

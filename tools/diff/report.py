@@ -65,7 +65,7 @@ def describe(outcome: Outcome, model: Model, request: Request, source: Source) -
         "mode": outcome.mode,
         "model": {
             "path": str(model.file.path),
-            "name": str(model.file.get("general.name", "")),
+            "name": model.file.get("general.name", str, ""),
             "backend": model.backend.name,
             "kv_type": model.kv_format.name.lower(),
             "types": {part: dict(counts) for part, counts in types.items()},

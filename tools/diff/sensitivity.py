@@ -240,7 +240,7 @@ def _document(
         "version": VERSION,
         "model": {
             "path": str(reference.file.path),
-            "name": str(reference.file.get("general.name", "")),
+            "name": reference.file.get("general.name", str, ""),
             "fingerprint": fingerprint(reference.file),
         },
         "measured": {

@@ -5,7 +5,6 @@ Knows the files; the model's maths is the oracle's.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +13,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...convert.checkpoint import CONFIG
+from ...convert.documents import read_document
+from ...convert.hf import find_audio_ids, read_processor
 from ...convert.hyperparameters import read_tied
-from ...convert.names.moss_audio import ARCHITECTURE, AUDIO_TOKENS, DROPS, TENSORS
+from ...convert.names.moss_audio import ARCHITECTURE, AUDIO_TOKENS, TENSORS
 from ...convert.names.table import rename
 from ...convert.vocabulary import read_vocabulary
 from ...engine.gguf import open_gguf
+from ...engine.models.moss_audio import MAX_WINDOW
 from ...engine.outputs import copy_file, disk_errors, replacing
 from ...engine.prompts import SpecialIds
 from ...engine.tokenizer import Tokenizer
 from ...kernels.dequantize import dequantize
 from ...kernels.errors import AuricleError
-from ..oracle.lazy import Shards
-from ..oracle.model import MossAudio, read_json
+from ..oracle.model import MossAudio, open_world, read_tensor
 from .batches import Codec, make_codec
 
 WEIGHTS = "model.safetensors"
+MAX_VOCABULARY = 1 << 22
 SMALL_FILES = (".json", ".txt", ".jinja", ".model")
 
 
@@ -39,18 +42,16 @@ class FolderError(AuricleError):
 def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
     """Tokenizer, ids and window of a checkpoint; time markers as its processor_config.json says unless given.
 
-    Raises FolderError, OracleError, ConversionError or PromptError for files that are missing or wrong.
+    Raises FolderError, ConversionError or PromptError for files that are missing or wrong.
     """
-    config, settings = read_json(folder / "config.json"), folder / "processor_config.json"
-    processor = read_json(settings) if settings.exists() else {}
-    audio = {
-        key: next((part[key] for part in (processor, config) if part.get(key) is not None), usual)
-        for key, usual, _ in AUDIO_TOKENS
-    }
-    texts = {text: audio[key] for key, _, text in AUDIO_TOKENS}
-    language = config.get("language_config", {})
-    n_vocab = language.get("vocab_size", config.get("vocab_size"))
-    vocabulary = read_vocabulary(folder, n_vocab, texts)
+    config = read_document(folder / CONFIG)
+    if config is None:
+        raise FolderError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face checkpoint")
+    processor = read_processor(folder)
+    key = "language_config.vocab_size" if config.look_up("language_config.vocab_size") is not None else "vocab_size"
+    n_vocab = config.require(key, int, within=(1, MAX_VOCABULARY))
+    audio = find_audio_ids(processor, config, n_vocab)
+    vocabulary = read_vocabulary(folder, n_vocab, {text: audio[key] for key, _, text in AUDIO_TOKENS})
     metadata = {key: typed.value for key, typed in vocabulary.metadata().items()}
     metadata |= {f"{ARCHITECTURE}.{key}": token_id for key, token_id in audio.items()}
     tokenizer = Tokenizer.from_metadata(metadata)
@@ -59,30 +60,24 @@ def read_codec(folder: Path, time_markers: bool | None = None) -> Codec:
         raise FolderError(f"{folder}: the tokenizer has no <|im_end|>; training needs it to end answers")
     special = SpecialIds(audio["audio_token_id"], audio["audio_start_id"], audio["audio_end_id"])
     if time_markers is None:
-        time_markers = processor.get("enable_time_marker", True)
-    window = 2 * config.get("audio_config", {}).get("n_window", 200)
+        time_markers = processor.get("enable_time_marker", bool, True)
+    window = 2 * config.get("audio_config.n_window", int, 200, within=(1, MAX_WINDOW))
     return make_codec(tokenizer, special, end_id, time_markers=time_markers, window=window)
 
 
 def read_model(folder: Path) -> MossAudio:
     """The model of a checkpoint folder with its weights in float32, to be trained.
 
-    Raises FolderError or OracleError.
+    Raises ConversionError as `open_world` does.
     """
-    config = read_json(folder / "config.json")
-    try:
-        model = MossAudio(config)
-        if read_tied(config):
+    with open_world(folder) as checkpoint:
+        model = MossAudio(checkpoint.config.values)
+        if read_tied(checkpoint.config):
             model.lm_head.weight = model.language_model.embed_tokens.weight
-        flag = "tied" if is_tied(model) else "untied"
-        unused = [drop.pattern for drop in DROPS if drop.when in ("", flag)]
-        shards = Shards(folder)
-        wanted = [name for name in shards.shapes if not any(re.fullmatch(pattern, name) for pattern in unused)]
-        _assign(model, {name: shards.read(name) for name in wanted}, folder)
-    except (OSError, ValueError) as error:
-        raise FolderError(f"can't read {folder}: {error}; give the folder of a Hugging Face checkpoint") from None
-    except KeyError as error:
-        raise FolderError(f"{folder / 'config.json'} lacks {error}: is it a MOSS-Audio checkpoint?") from None
+        wanted = checkpoint.tensors.keys() & model.state_dict().keys()
+        if is_tied(model):
+            wanted -= {"lm_head.weight"}
+        _assign(model, {name: read_tensor(checkpoint, name) for name in wanted}, folder)
     return model
 
 

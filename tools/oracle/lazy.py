@@ -5,10 +5,9 @@ Stands alone (torch and numpy only): the program that runs the official code in 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,53 +17,31 @@ DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"
 ROWS_BYTES = 64 << 20  # of stored numbers widened at a time
 
 
-class Shards:
-    """The tensors of a checkpoint's safetensors files, read with plain reads: mapped pages would stay in memory.
+class Stored:
+    """Tensors in files, read with plain reads: mapped pages would stay in memory. `places`: {name: (file, dtype, shape,
+    byte it begins at)}, which somebody has checked."""
 
-    `dtypes` and `shapes` are {name: …}. Raises OSError, ValueError or KeyError for files that are none.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        directory = Path(directory)
-        index = directory / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        self._places: dict[str, tuple[Path, int]] = {}
-        self.dtypes: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in sorted(names):
-            self._read_header(directory / name)
-
-    def _read_header(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > path.stat().st_size:
-                raise ValueError(f"{path} has no safetensors header")
-            header = json.loads(file.read(size))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {name} is {entry['dtype']}, not one of {', '.join(DTYPES)}")
-            self._places[name] = path, 8 + size + entry["data_offsets"][0]
-            self.dtypes[name], self.shapes[name] = entry["dtype"], tuple(entry["shape"])
+    def __init__(self, places: Mapping[str, Sequence[Any]]) -> None:
+        self._places = places
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float32."""
-        (path, offset), dtype = self._places[name], DTYPES[self.dtypes[name]]
-        out = np.empty(math.prod(self.shapes[name]), np.float32)
+        """A tensor in float32. Raises OSError for a file that has been cut short meanwhile."""
+        path, kind, shape, offset = self._places[name]
+        dtype = DTYPES[kind]
+        out = np.empty(math.prod(shape), np.float32)
         step = ROWS_BYTES // dtype.itemsize
         with open(path, "rb") as file:
             file.seek(offset)
             for start in range(0, len(out), step):
                 part = out[start : start + step]
                 stored = np.fromfile(file, dtype, len(part))
-                if self.dtypes[name] == "BF16":
+                if len(stored) < len(part):
+                    raise OSError(f"{path} ends inside {name}: it was cut short while being read")
+                if kind == "BF16":
                     np.left_shift(stored, 16, out=part.view(np.uint32), dtype=np.uint32, casting="unsafe")
                 else:
                     part[:] = stored
-        return torch.from_numpy(out.reshape(self.shapes[name]))
+        return torch.from_numpy(out.reshape(tuple(shape)))
 
 
 def load_lazily(

@@ -8,12 +8,11 @@ no graph and no tokenizer, and takes ready log-mels and token ids; it is written
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,44 @@ from transformers import Qwen3Config, Qwen3Model, WhisperConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
+from ...convert.checkpoint import Checkpoint, open_checkpoint
+from ...convert.hf import read_world
+from ...convert.hyperparameters import read_tied
+from ...convert.source import Source
+from ...kernels.dequantize import dequantize
 from ...kernels.errors import AuricleError
-from .lazy import Shards, load_lazily
+from .lazy import load_lazily
 
 Emit = Callable[[str, Tensor], None]
 
-AUDIO_DEFAULTS = {"n_window": 200, "conv_chunksize": 64, "activation_function": "gelu", "layer_norm_eps": 1e-5}
+AUDIO_DEFAULTS = {
+    "n_window": 200,
+    "conv_chunksize": 64,
+    "activation_function": "gelu",
+    "layer_norm_eps": 1e-5,
+    "deepstack_encoder_layer_indexes": (),
+}
 """What the official configuration class fills in when a config.json says nothing."""
+
+QWEN3_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+"""All of a decoder's configuration that decides what it computes; the converter sees that the rest is as usual."""
+
+MAX_GROUP = 1 << 20  # windows that pass the convolutions together
+ROWS_BYTES = 64 << 20  # of float32 at a time
 
 
 class OracleError(AuricleError):
-    """The checkpoint or the request does not fit the model."""
+    """The request does not fit the model."""
 
 
 @cache
@@ -143,7 +169,7 @@ class MossAudio(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        audio = AUDIO_DEFAULTS | config["audio_config"]
+        audio = AUDIO_DEFAULTS | {k: v for k, v in config["audio_config"].items() if v is not None}
         qwen3 = _make_qwen3_config(config["language_config"])
         sizes = audio["output_dim"], config["adapter_hidden_size"], qwen3.hidden_size
         n_inject = config.get("deepstack_num_inject_layers")
@@ -157,12 +183,10 @@ class MossAudio(nn.Module):
 
 def _make_qwen3_config(config: dict[str, Any]) -> Qwen3Config:
     """4.57 reads `rope_theta`, 5.x writes `rope_parameters`: both are accepted, under either version."""
-    config = dict(config)
-    rope = config.pop("rope_parameters", None) or {}
-    config.setdefault("rope_theta", rope.get("rope_theta"))
-    if config["rope_theta"] is None or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise OracleError(f"{rope=} rope_theta={config['rope_theta']}: only plain RoPE with a given theta is supported")
-    return Qwen3Config(**{**config, "attn_implementation": "eager"})
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") if config.get("rope_theta") is None else config["rope_theta"]
+    sizes = {key: config[key] for key in QWEN3_KEYS}
+    return Qwen3Config(**sizes, rope_theta=theta, attn_implementation="eager")
 
 
 class Oracle:
@@ -292,63 +316,36 @@ def load_oracle(checkpoint_dir: str | Path, resident_bytes: int = sys.maxsize) -
     """Read config.json and the safetensors (sharded or not) of a checkpoint; weights become float32 when they are used.
 
     All of them stay in memory as far as `resident_bytes` go; the others are read again each time.
-
-    Raises OracleError for an unreadable file, a missing config key, a tensor missing, surplus or of a wrong shape,
-    or values the model can't have (a window that is no multiple of 8 frames, a tap outside the encoder).
+    Raises ConversionError as `open_world` does.
     """
-    directory = Path(checkpoint_dir)
-    config = read_json(directory / "config.json")
-    try:
-        _check_config(config)
-        with torch.device("meta"):  # the weights are assigned below: no memory or time is spent on initial values
-            model = MossAudio(config)
-    except KeyError as error:
-        raise OracleError(f"{directory / 'config.json'} lacks {error}: is it a MOSS-Audio checkpoint?") from None
-    shards = _open_shards(directory)
-    tied = {"lm_head.weight": "language_model.embed_tokens.weight"} if config.get("tie_word_embeddings", False) else {}
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    _check_tensors(directory, {n: s for n, s in shards.shapes.items() if n not in tied}, wanted, tied)
-    load_lazily(model, shards.read, resident_bytes, tied)
+    checkpoint = open_world(checkpoint_dir)
+    with torch.device("meta"):  # the weights are assigned below: no memory or time is spent on initial values
+        model = MossAudio(checkpoint.config.values)
+    tied = {"lm_head.weight": "language_model.embed_tokens.weight"} if read_tied(checkpoint.config) else {}
+    load_lazily(model, partial(read_tensor, checkpoint), resident_bytes, tied)
     # Its buffers are computed, not loaded: on the meta device they would have no values.
     model.language_model.rotary_emb = Qwen3RotaryEmbedding(config=model.language_model.config)
     return Oracle(model.eval())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a checkpoint folder. Raises OracleError unless it holds a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OracleError(f"can't read {path}: {error}; give the folder of a Hugging Face checkpoint") from None
-    if not isinstance(content, dict):
-        raise OracleError(f"{path} holds no JSON object; give the folder of a Hugging Face checkpoint")
-    return content
+def open_world(checkpoint_dir: str | Path) -> Checkpoint:
+    """A checkpoint of which every value and every tensor that the model reads is known to be good.
+
+    Raises ConversionError for what the converter refuses, too: a file that is missing or damaged, a value of another
+    kind or out of range, a tensor missing, surplus or of another shape.
+    """
+    checkpoint = open_checkpoint(checkpoint_dir)
+    read_world(checkpoint)
+    checkpoint.config.get("audio_config.conv_chunksize", int, within=(1, MAX_GROUP))
+    return checkpoint
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    audio = AUDIO_DEFAULTS | config["audio_config"]
-    if audio["n_window"] < 1 or 2 * audio["n_window"] % 8:
-        raise OracleError(f"n_window = {audio['n_window']}: a window of twice that must be a multiple of 8 mel frames")
-    taps, n_layer = audio["deepstack_encoder_layer_indexes"], audio["encoder_layers"]
-    if any(not 0 <= tap < n_layer for tap in taps):
-        raise OracleError(f"DeepStack taps {taps} with {n_layer} encoder layers: each must be 0 to {n_layer - 1}")
-
-
-def _open_shards(directory: Path) -> Shards:
-    try:
-        return Shards(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise OracleError(f"can't read {directory}: {error}; download the checkpoint again") from None
-
-
-def _check_tensors(
-    directory: Path, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: dict[str, str]
-) -> None:
-    missing = sorted(wanted.keys() - shapes.keys() - tied.keys())
-    surplus = sorted(shapes.keys() - wanted.keys())
-    if missing or surplus:
-        counts = f"{len(missing)} tensors missing {missing[:3]}, {len(surplus)} surplus {surplus[:3]}"
-        raise OracleError(f"{directory}: {counts}; config.json and weights are of different models")
-    for name, shape in shapes.items():
-        if shape != wanted[name]:
-            raise OracleError(f"{directory}: {name} has shape {shape}, config.json asks for {wanted[name]}")
+def read_tensor(source: Source, name: str) -> Tensor:
+    """A tensor of a checkpoint in float32. Raises ConversionError for a file that has been cut short meanwhile."""
+    stored = source.tensors[name]
+    out = np.empty((stored.n_rows, stored.n_cols), np.float32)
+    step = max(1, ROWS_BYTES // max(1, 4 * stored.n_cols))
+    for start in range(0, stored.n_rows, step):
+        stop = min(start + step, stored.n_rows)
+        out[start:stop] = dequantize(source.read_bytes(name, start, stop), stored.format)
+    return torch.from_numpy(out.reshape(stored.shape))

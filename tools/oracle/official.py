@@ -2,10 +2,10 @@
 
     python official.py CHECKOUT CHECKPOINT < request > stages
 
-The request is a line of JSON (`clips`: lengths in samples, `prompt`, `n_new`, `time_markers`, `ops`,
-`resident_bytes`) and the clips, float32 at 16 kHz. A stage is a line of JSON (`name`, `dtype`, `shape`) and its bytes;
-the last line has `end` and the versions. Needs what the checkout needs, and nothing of this package: the folder
-beside this file serves as the module path. The model's code is not changed; hooks look on.
+The request is a line of JSON (`clips`: lengths in samples, `prompt`, `n_new`, `time_markers`, `ops`, `resident_bytes`,
+`tensors`: where each lies) and the clips, float32 at 16 kHz. A stage is a line of JSON (`name`, `dtype`, `shape`) and
+its bytes; the last line has `end` and the versions. Needs what the checkout needs, and nothing of this package: the
+folder beside this file serves as the module path. The model's code is not changed; hooks look on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from lazy import Shards, load_lazily, meta_parameters
+from lazy import Stored, load_lazily, meta_parameters
 from probes import probe
 
 SPAN = "<|audio_bos|><|AUDIO|><|audio_eos|>\n"
@@ -61,7 +61,7 @@ class Writer:
         self._pipe.flush()
 
 
-def load_official(checkpoint: Path, resident_bytes: int) -> torch.nn.Module:
+def load_official(checkpoint: Path, tensors: dict[str, list], resident_bytes: int) -> torch.nn.Module:
     """The official model over weights that are read when they are used, in float32."""
     from src.modeling_moss_audio import MossAudioConfig, MossAudioModel
 
@@ -72,7 +72,7 @@ def load_official(checkpoint: Path, resident_bytes: int) -> torch.nn.Module:
     config._attn_implementation = config.language_config._attn_implementation = "eager"
     model = meta_parameters(lambda: MossAudioModel(config))
     tied = {"lm_head.weight": "language_model.embed_tokens.weight"} if settings.get("tie_word_embeddings") else {}
-    load_lazily(model, Shards(checkpoint).read, resident_bytes, tied)
+    load_lazily(model, Stored(tensors).read, resident_bytes, tied)
     return model
 
 
@@ -141,7 +141,7 @@ def attach(model: torch.nn.Module, writer: Writer, stack: ExitStack, n_windows: 
 
 @torch.inference_mode()
 def run(checkpoint: Path, request: dict, clips: list[np.ndarray], writer: Writer) -> None:
-    model = load_official(checkpoint, request["resident_bytes"])
+    model = load_official(checkpoint, request["tensors"], request["resident_bytes"])
     inputs = prepare(checkpoint, model, request, clips)
     n_windows = 0
     if clips:
