@@ -87,6 +87,11 @@ def label(config: Config) -> str:
     return " ".join(f"{key}={value}" for key, value in asdict(config).items())
 
 
+def mark_of(task: Task, config: Config) -> str:
+    """The file that says that a cut is right."""
+    return f"{task.name}.{label(config)}".replace(" ", "_")
+
+
 def check_steps(gpu: Gpu, work: Path) -> Iterator[tuple[str, Step]]:
     """Each cut of each task, compared; which also compiles it. Cuts that are right leave a mark in `work`."""
     stocks: dict[str, Stock] = {}
@@ -118,7 +123,7 @@ def check_config(
     if right and same:
         marks = work / "cuts"
         marks.mkdir(exist_ok=True)
-        (marks / f"{task.name.replace(' ', '_')}.{label(config).replace(' ', '_')}").write_text("")
+        (marks / mark_of(task, config)).write_text("")
     return {"ok": right and same, "fits": True, "errors": errors, "same_bits": same}
 
 
@@ -139,7 +144,7 @@ def time_task(gpu: Gpu, work: Path, entries: list[Entry], task: Task) -> dict[st
     counts, rule, times = counts_of(task), task.rule(gpu), {}
     stock = Stock(task.product, task.type_name, gpu, max(counts))
     for config in task.configs(gpu):
-        mark = work / "cuts" / f"{task.name.replace(' ', '_')}.{label(config).replace(' ', '_')}"
+        mark = work / "cuts" / mark_of(task, config)
         if not mark.exists():
             continue
         backend = gpu.backend(picker(gpu, task, config))

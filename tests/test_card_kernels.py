@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +23,7 @@ import card_tune
 from roofline import PlannedFile, read_moss_audio
 
 from auricle.engine.models.moss_audio import decoder_graph, encoder_graph
-from auricle.kernels.gpu.tune import Config
+from auricle.kernels.gpu.tune import Config, load_table
 from auricle.tools.synth import plan_synth
 
 IN_THE_INTERPRETER = f"""
@@ -99,3 +102,22 @@ RULE, FAST, FASTER = Config(8, 512, 1, 4, 2), Config(16, 512, 1, 4, 2), Config(4
 )
 def test_no_cut_is_taken_that_is_slower_anywhere(times: dict, chosen: Config | None) -> None:
     assert card_tune.choose(times, RULE) == chosen
+
+
+def test_the_table_that_tuning_writes_is_what_the_engine_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA Made-Up 9", capability=(9, 0), rehearsal=False, backend=lambda pick: pick)
+    gpu.describe = lambda: {"gpu": gpu.name, "versions": {"triton": "0"}}
+    task = next(t for t in card_tune.tasks(gpu) if t.kernel == "matvec")
+    rule, fast, *_ = task.configs(gpu)
+    (tmp_path / "cuts").mkdir()
+    for config in (rule, fast):
+        (tmp_path / "cuts" / card_tune.mark_of(task, config)).write_text("")
+    monkeypatch.setattr(card_tune, "Stock", lambda *_: None)
+    sizes = (task.type_name, 1, task.product.rows[0], task.product.n_cols)
+    monkeypatch.setattr(
+        card_tune, "time_config", lambda gpu, stock, pick, n: 1e-5 if pick(task.kernel, *sizes) == rule else 8e-6
+    )
+    result = card_tune.time_task(gpu, tmp_path, [], task)
+    assert result["kept"] == asdict(fast)
+    (entry,) = load_table(tmp_path / "tuned" / "nvidia-made-up-9.json")
+    assert (entry.kernel, entry.n_tokens, entry.config) == ("matvec", card_tune.FEW, fast)
