@@ -169,7 +169,7 @@ def _attend_split(
     Writes to `sums` [n_tokens, n_head, splits, D + 2] the mixed values, then the peak and the total of the share.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
-    n_slots = _count_slots(positions, n_tokens)
+    n_slots = tl.load(positions) + 1 if new_keys is not None else _count_slots(positions, n_tokens)
     first, end = _share(split, n_slots, SLOTS, splits)
     if first >= n_slots:
         return
