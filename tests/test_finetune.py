@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import soundfile
 import torch
 
 from auricle.convert.hf import plan_conversion
+from auricle.convert.source import ConversionError
 from auricle.engine.audio import AudioError
 from auricle.engine.mel import log_mel
 from auricle.engine.prompts import build_prompt
@@ -25,6 +27,7 @@ from auricle.tools.finetune.model import Inside, Trainee, to_tensors
 from auricle.tools.finetune.passes import RMSNorm, Rotate
 from auricle.tools.oracle.model import load_oracle
 from auricle.tools.sample import SampleShape
+from checkpoints import change_json
 from talks import OTHER, SHAPE, digits_data, write_conversations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,6 +283,53 @@ def test_weights_from_a_gguf_file(folders, tmp_path: Path) -> None:
     other = read_model(folders(OTHER))
     with pytest.raises(FolderError, match="of another model"):
         read_gguf_weights(other, tmp_path / "model.gguf")
+
+
+STRANGE = {
+    "vocabulary": ("config.json", "language_config.vocab_size", [512], "vocab_size = .512.: it must be a whole number"),
+    "a large vocabulary": ("config.json", "language_config.vocab_size", 1 << 40, "vocab_size = .*: it must be 1 to"),
+    "window": ("config.json", "audio_config.n_window", "200", "n_window = '200': it must be a whole number"),
+    "audio id": ("processor_config.json", "audio_token_id", ["x"], "audio_token_id = .*: it must be a whole number"),
+    "a far audio id": (
+        "processor_config.json",
+        "audio_token_id",
+        10**50,
+        "= a number of 167 bits is no row",
+    ),
+    "markers": ("processor_config.json", "enable_time_marker", "no", "enable_time_marker = 'no': it must be true or"),
+    "a token": ("added_tokens.json", "<|im_end|>", [3], r"lists added token '<.im_end.>' with id \[3\]"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_folder_whose_values_are_of_another_kind(folders, tmp_path: Path, case: str) -> None:
+    name, key, value, complaint = STRANGE[case]
+    folder = Path(shutil.copytree(folders(SHAPE), tmp_path / "a"))
+    change_json(folder / name, {key: value})
+    with pytest.raises(ConversionError, match=complaint) as caught:
+        read_codec(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_read_as_the_converter_reads_it(folders, tmp_path: Path) -> None:
+    """Sizes are compared with the weights before a model is made, and weights with their files."""
+    folder = Path(shutil.copytree(folders(SHAPE), tmp_path / "a"))
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(ConversionError, match="is truncated"):
+        read_model(folder)
+    shutil.copy(folders(SHAPE) / shard.name, shard)
+    for key, value, complaint in (
+        ("language_config.intermediate_size", 1 << 30, "config.json asks for"),
+        ("language_config.num_hidden_layers", 1 << 30, "has only .* tensors in all"),
+        ("audio_config.d_model", {}, "d_model = {}: it must be a whole number"),
+    ):
+        before = (folder / "config.json").read_bytes()
+        change_json(folder / "config.json", {key: value})
+        with pytest.raises(ConversionError, match=complaint):
+            read_model(folder)
+        (folder / "config.json").write_bytes(before)
+    read_model(folder)
 
 
 def test_errors_are_counted_as_levenshtein_does() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from auricle.convert.source import ConversionError
-from auricle.tools.oracle.model import OracleError, _sinusoids, load_oracle
+from auricle.tools.oracle import lazy, model
+from auricle.tools.oracle.model import OracleError, _sinusoids, load_oracle, open_world, read_tensor
 from auricle.tools.sample import SampleShape, write_checkpoint
 from support import SHARED, needs_shared
 
@@ -332,3 +336,27 @@ def test_activations_stay_near_one(oracle):
     }
     assert len(spread) > 10
     assert all(0.5 < value < 2 for value in spread.values()), spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_both_ways_to_read_a_tensor(tmp_path, monkeypatch, dtype):
+    """That of the program for another environment, and that of this one: by pieces, and with a file cut short."""
+    directory = write_checkpoint(tmp_path / "model", n_shard=1)
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_tensors(path).items()}
+    save_tensors(tensors, path)
+    monkeypatch.setattr(lazy, "ROWS_BYTES", 96)
+    monkeypatch.setattr(model, "ROWS_BYTES", 96)
+    checkpoint = open_world(directory)
+    places = {n: (str(t.file), t.dtype, list(t.shape), t.offset) for n, t in checkpoint.tensors.items()}
+    stored = lazy.Stored(json.loads(json.dumps(places)))
+    for name in ("audio_encoder.conv2.weight", "audio_encoder.conv1.bias", "lm_head.weight"):
+        for found in (stored.read(name), read_tensor(checkpoint, name)):
+            assert found.dtype == torch.float32
+            assert torch.equal(found, tensors[name].float()), name
+    last = max(checkpoint.tensors.values(), key=lambda t: t.offset).name
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(OSError, match=f"ends inside {last}: it was cut short"):
+        stored.read(last)
+    with pytest.raises(ConversionError, match="it was cut short while being read"):
+        read_tensor(checkpoint, last)
