@@ -114,6 +114,13 @@ def stacked_products(
 
 
 @triton.jit
+def halve(y, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The columns of y [ROWS, COLS] in two halves."""
+    HALVES: tl.constexpr = (ROWS, 2, COLS // 2)
+    return tl.split(tl.permute(tl.reshape(y, HALVES), (0, 2, 1)))
+
+
+@triton.jit
 def finish(
     y, bias, out, at, exists, channel, to_channel, C_OUT: tl.constexpr, WRITTEN: tl.constexpr, GELU: tl.constexpr
 ):
@@ -174,11 +181,13 @@ def convolve(
     top, left = row * STRIDE - PADDING, column * STRIDE - PADDING
     y = PRODUCTS(x, w, image, top, left, channel, height, width, IN, C_OUT, SIDE, DEPTH)
     at = image.to(tl.int64) * to_image + row * to_row + column * to_column
-    HALVES: tl.constexpr = (PIXELS, 2, CHANNELS // 2)  # one after the other, since all at once take too many registers
-    first, second = tl.split(tl.permute(tl.reshape(y, HALVES), (0, 2, 1)))
-    channel = program % tiles * CHANNELS + tl.arange(0, CHANNELS // 2)
-    finish(first, bias, out, at, exists, channel, to_channel, C_OUT, WRITTEN, GELU)
-    finish(second, bias, out, at, exists, channel + CHANNELS // 2, to_channel, C_OUT, WRITTEN, GELU)
+    channel = program % tiles * CHANNELS + tl.arange(0, CHANNELS // 4)  # a quarter at a time: all take many registers
+    low, high = halve(y, PIXELS, CHANNELS)
+    for part in tl.static_range(2):
+        first, second = halve(high if part else low, PIXELS, CHANNELS // 2)
+        here = channel + part * (CHANNELS // 2)
+        finish(first, bias, out, at, exists, here, to_channel, C_OUT, WRITTEN, GELU)
+        finish(second, bias, out, at, exists, here + CHANNELS // 4, to_channel, C_OUT, WRITTEN, GELU)
 
 
 @dataclass(frozen=True)
