@@ -90,7 +90,8 @@ def decode_bf16(words, unit, RECORD: tl.constexpr):
 @triton.jit
 def load_q8_0(row, unit, PLANES: tl.constexpr, N_COLS: tl.constexpr):
     codes = load_vectors(row + PLANES[0], unit * 4, N_COLS // 16 - 1, 4, N_COLS % 64 != 0)
-    return codes + (load_one(row + PLANES[1], unit),)  # noqa: RUF005 - Triton 3.6 knows no starred items
+    codes += (load_one(row + PLANES[1], unit),)
+    return codes
 
 
 @triton.jit
@@ -101,7 +102,8 @@ def decode_q8_0(words, unit, RECORD: tl.constexpr):
 @triton.jit
 def load_q4_0(row, unit, PLANES: tl.constexpr, N_COLS: tl.constexpr):
     codes = load_vectors(row + PLANES[0], unit * 2, N_COLS // 32 - 1, 2, N_COLS % 64 != 0)
-    return codes + (load_one(row + PLANES[1], unit),)  # noqa: RUF005 - Triton 3.6 knows no starred items
+    codes += (load_one(row + PLANES[1], unit),)
+    return codes
 
 
 @triton.jit
