@@ -116,7 +116,7 @@ def attend(n_tokens: int, start: int, n_head: int, n_kv_head: int, d: int, fmt: 
     q = 2 * random(n_tokens, n_head, d)
     keys, values = (filled_cache(n_ctx, n_kv_head, d, fmt, start + n_tokens, seed) for seed in (1, 2))
     positions = integers(range(start, start + n_tokens))
-    scratch = nans(kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d, n_ctx) // 4)
+    scratch = nans(kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d) // 4)
     out = nans(*q.shape)
     kv_attention.kv_attention(q, split_blocks(keys), split_blocks(values), positions, out, scratch)
     return out, REFERENCE["kv_attention"](q, keys, values, positions)
@@ -278,7 +278,7 @@ def test_step_attention(position: int, n_head: int, n_kv_head: int, d: int, n_ct
     results = []
     for together in (True, False):
         kept = [split_blocks(filled_cache(n_ctx, n_kv_head, d, fmt, position, seed)) for seed in (1, 2)]
-        scratch = nans(kv_attention.kv_attention_scratch_bytes(1, n_head, d, n_ctx) // 4)
+        scratch = nans(kv_attention.kv_attention_scratch_bytes(1, n_head, d) // 4)
         operands, out = (q, k, v, q_weight, k_weight, 1e-6, frequencies), nans(*q.shape)
         if together:
             kv_attention.step_attention(*operands, *kept, positions, out, scratch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,11 +67,8 @@ def bind_kv_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor
     return record(kv_attention.kv_attention, q, keys.planes, values.planes, positions, outputs[0], work)
 
 
-def kv_attention_bytes(node: Node, keys_at: int = 1) -> int:
-    """`keys_at`: which operand the cache of keys is."""
-    q, keys = node.inputs[0], node.inputs[keys_at]
-    n_tokens, n_head, d_head = q.shape
-    return kv_attention.kv_attention_scratch_bytes(n_tokens, n_head, d_head, keys.shape[0])
+def kv_attention_bytes(node: Node) -> int:
+    return kv_attention.kv_attention_scratch_bytes(*node.inputs[0].shape)
 
 
 def bind_norm_rope_attention(node: Node, inputs: Bound, outputs: Bound, scratch: Tensor) -> Call:
@@ -101,6 +98,6 @@ KERNELS = {
     "norm_rope_store": Kernel(bind_norm_rope_store),
     "kv_store": Kernel(bind_kv_store),
     "kv_attention": Kernel(bind_kv_attention, kv_attention_bytes),
-    "norm_rope_attention": Kernel(bind_norm_rope_attention, partial(kv_attention_bytes, keys_at=5)),
+    "norm_rope_attention": Kernel(bind_norm_rope_attention, kv_attention_bytes),
     "window_attention": Kernel(bind_window_attention),
 }

@@ -136,7 +136,7 @@ def _write_row(new_keys, new_values, planes, turn, kv_head, n_kv_head, slot, D: 
     store_rows(values, values_scales, row, wanted, v, D, D_PAD)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "splits"])
+@triton.jit(do_not_specialize=["n_tokens"])
 def _attend_split(
     queries,
     keys,
@@ -155,7 +155,6 @@ def _attend_split(
     n_head,
     n_kv_head,
     scale,
-    splits,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     GROUP: tl.constexpr,
@@ -166,11 +165,11 @@ def _attend_split(
 
     With `new_keys` there is one token, and nothing of it is normalised, turned or in the cache yet.
 
-    Writes to `sums` [n_tokens, n_head, splits, D + 2] the mixed values, then the peak and the total of the share.
+    Writes to `sums` [n_tokens, n_head, MAX_SPLITS, D + 2] the mixed values, then the peak and the total of the share.
     """
     kv_head, split = tl.program_id(0), tl.program_id(1)
     n_slots = tl.load(positions) + 1 if new_keys is not None else _count_slots(positions, n_tokens)
-    first, end = _share(split, n_slots, SLOTS, splits)
+    first, end = _share(split, n_slots, SLOTS, tl.num_programs(1))
     if first >= n_slots:
         return
     token, member = tl.arange(0, ROWS) // GROUP, tl.arange(0, ROWS) % GROUP
@@ -191,7 +190,7 @@ def _attend_split(
     peak, total, mixed = _attend_slots(q, planes, kv_head, n_kv_head, position, first, end, D, D_PAD, ROWS, SLOTS)
 
     column = tl.arange(0, D_PAD)
-    at = sums + (row * splits + split) * (D + 2)
+    at = sums + (row * MAX_SPLITS + split) * (D + 2)
     tl.store(at[:, None] + column[None, :], mixed, mask=inside[:, None] & (column < D)[None, :])
     tl.store(at + D, peak, mask=inside)
     tl.store(at + D + 1, total, mask=inside)
@@ -215,7 +214,7 @@ def _join(
     n_slots = _count_slots(positions, n_tokens)
     first, _ = _share(split, n_slots, SLOTS, splits)
     used = first < n_slots
-    at = sums + (row * splits + split) * (D + 2)
+    at = sums + (row * MAX_SPLITS + split) * (D + 2)
     peak = tl.load(at + D, mask=used, other=HIDDEN)
     total = tl.load(at + D + 1, mask=used, other=0.0)
     column = tl.arange(0, D_PAD)
@@ -233,9 +232,9 @@ def split_count(n_ctx: int) -> int:
     return min(MAX_SPLITS.value, triton.next_power_of_2(triton.cdiv(n_ctx, SPLIT_SLOTS)))
 
 
-def kv_attention_scratch_bytes(n_tokens: int, n_head: int, d_head: int, n_ctx: int) -> int:
+def kv_attention_scratch_bytes(n_tokens: int, n_head: int, d_head: int) -> int:
     """What `kv_attention` and `step_attention` need beside their operands, 0 for many tokens."""
-    return 4 * n_tokens * n_head * split_count(n_ctx) * (d_head + 2) if n_tokens <= FEW else 0
+    return 4 * n_tokens * n_head * MAX_SPLITS.value * (d_head + 2) if n_tokens <= FEW else 0
 
 
 def kv_attention(
@@ -299,7 +298,7 @@ def _attend_few(
     splits, group, width = split_count(n_ctx), n_head // n_kv_head, _width(d)
     slots, warps, stages = SPLIT[keys.format]
     planes = (keys.codes, keys.scales, values.codes, values.scales, positions)
-    sizes = (n_tokens, n_head, n_kv_head, score_scale(d), splits, d, width)
+    sizes = (n_tokens, n_head, n_kv_head, score_scale(d), d, width)
     cut = (group, split_rows(n_tokens, group), slots)
     launch(
         _attend_split, (n_kv_head, splits), q, *planes, *new, scratch, *sizes, *cut, num_warps=warps, num_stages=stages
@@ -323,7 +322,7 @@ def static_cases() -> Iterator[Case]:
         signature = planes | {"queries": "*fp32", "positions": "*i32", "n_tokens": "i32", "n_head": "i32"}
         signature |= {"n_kv_head": "i32", "scale": "fp32"}
         yield _many_case(fmt, signature | {"out": "*fp32"}, missing)
-        signature |= {"sums": "*fp32", "eps": "fp32", "splits": "i32"}
+        signature |= {"sums": "*fp32", "eps": "fp32"}
         for n_tokens in (1, 8):
             absent = dict.fromkeys(STEP)
             yield _split_case("kv_attention_split", fmt, n_tokens, signature, missing | absent)
