@@ -90,7 +90,7 @@ def split_question(words: list[str], prompt: str | None) -> tuple[list[str], str
     if _looks_like_a_file(question):
         raise OptionError(
             f"the question is missing: the last argument, {question}, looks like a file, which is not there; "
-            "put a question after it (or give one of that kind with --prompt)"
+            "put a question after it; one that is spelt like a file goes into --prompt"
         )
     return files, question
 
