@@ -121,7 +121,7 @@ def repeat_attention(gpu: Gpu, fmt: Format, n_head: int = 32, n_kv_head: int = 8
         return torch.randn(*shape, generator=generator, device=gpu.device)
 
     caches = [[empty_cache(gpu, n_ctx, n_kv_head, d, fmt) for _ in "kv"] for _ in range(2)]
-    n_bytes = kv_attention.kv_attention_scratch_bytes(1, n_head, d, n_ctx)
+    n_bytes = kv_attention.kv_attention_scratch_bytes(1, n_head, d)
     scratch = torch.full((n_bytes // 4,), torch.nan, device=gpu.device)
     q_gain, k_gain, frequencies = random(d), random(d), rope.rope_frequencies(d, 1e6).to(gpu.device)
     outs, turned = [torch.empty(1, n_head, d, device=gpu.device) for _ in range(2)], random(1, n_head, d)

@@ -7,6 +7,7 @@ Knows nothing of containers (decode.py) or of models.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from numbers import Real
 
@@ -23,6 +24,7 @@ __all__ = [
     "HOP",
     "LengthError",
     "SAMPLE_RATE",
+    "count_samples",
     "hann_window",
     "load_audio",
     "log_mel",
@@ -58,12 +60,23 @@ def load_audio(source: Source, sample_rate: float | None = None, max_seconds: fl
     if hasattr(source, "__array__") or isinstance(source, (list, tuple)):
         how = "x.detach().cpu().numpy()" if hasattr(source, "detach") else "numpy.asarray(x, numpy.float32)"
         raise AudioError(f"{kind} is no audio; give {how}, a numpy array [n_samples] or [n_samples, n_channels]")
-    if sample_rate is not None and hasattr(source, "__fspath__" if not isinstance(source, str) else "encode"):
-        raise AudioError(f"sample_rate={sample_rate} goes with an array, a file states its own; leave it out")
-    if sample_rate is not None and (isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read")):
+    is_file = isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
+    if sample_rate is not None and is_file:
         raise AudioError(f"sample_rate={sample_rate} goes with an array, a file states its own; leave it out")
     with file_track(source, max_seconds) as track:
         return _hear(track, max_seconds)
+
+
+def count_samples(source: Source) -> int | None:
+    """How many samples at 16 kHz a file gives, from its headers alone; None where they do not tell.
+
+    Raises AudioError as `load_audio`.
+    """
+    with file_track(source) as track:
+        _check_headers(track, None)
+        if any(part.n_frames is None for part in track.parts):
+            return None
+        return sum(int(part.n_frames * SAMPLE_RATE / part.rate) for part in track.parts)
 
 
 def _hear(track: Track, max_seconds: float | None) -> np.ndarray:

@@ -6,12 +6,13 @@ size is believed only where something that can follow does follow. Knows nothing
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
 from .audio_bytes import AudioBytes
 from .recording import Span
-from .tags import skip_tags
+from .tags import is_text, skip_tags
 
 _MOST_CHUNKS = 10_000
 SLIGHT = 128  # bytes that are not worth a word
@@ -35,6 +36,9 @@ _STARTS = (
     (b"fLaC", 4, b""),
     (b"OggS\x00", 5, b""),
 )
+_MAGIC = re.compile(b"|".join(re.escape(magic) for magic, _, more in _STARTS if more))
+_LONGEST_MAGIC = max(len(magic) for magic, _, _ in _STARTS)
+_PIECE = 1 << 20  # bytes searched at a time
 
 
 @dataclass(frozen=True)
@@ -162,23 +166,22 @@ def file_or_tag_starts(data: AudioBytes, at: int) -> bool:
 
 def _next_file(data: AudioBytes, start: int) -> int:
     """Where another file of uncompressed sound begins within sound of unknown length; else the end of all."""
-    stop = data.size
-    for magic, place, more in _STARTS:
-        if not more:
-            continue
-        at = start
-        while (at := data.find(magic, at, stop)) >= 0:
-            if data.starts(more, at + place):
-                stop = at
-                break
-            at += 1
-    return stop
+    for at in range(start, data.size, _PIECE):
+        piece = data.read(at, _PIECE + _LONGEST_MAGIC)
+        for match in _MAGIC.finditer(piece):
+            if file_starts(data, at + match.start()):
+                return at + match.start()
+    return data.size
 
 
 def _ends_at(data: AudioBytes, at: int, form: Form | None, base: int) -> bool:
-    """Whether sound can end here: at the end of all, before a chunk, a tag, another file, or mere zeros."""
+    """Whether sound can end here: at the end of all, before a chunk, a tag, another file, text, or mere zeros."""
     places = [at] if form is None else [at, _round_up(at, form, base)]
-    return any(_follows(data, place, form) for place in places) or data.is_blank(at, data.size)
+    return (
+        any(_follows(data, place, form) for place in places)
+        or is_text(data.read(at, 4096))
+        or data.is_blank(at, data.size)
+    )
 
 
 def _follows(data: AudioBytes, at: int, form: Form | None) -> bool:

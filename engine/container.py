@@ -11,8 +11,8 @@ from .audio_bytes import AudioBytes, AudioError
 from .chunks import file_starts
 from .containers import aiff_parts, au_parts, caf_parts, sphere_parts, voc_parts, wave_parts
 from .recording import CONVERT, Part
-from .streams import flac_parts, is_mpeg, is_text, mpeg_parts, ogg_parts
-from .tags import skip_tags
+from .streams import flac_parts, is_mpeg, mpeg_parts, ogg_parts
+from .tags import is_text, skip_tags
 
 _HEAD_BYTES = 4096
 _MOST_PARTS = 10_000
@@ -76,15 +76,18 @@ _FOREIGN_KINDS = (
     (0, b"\x64\xa3", "an IRCAM file"),
     (0, b"ALawSoundFile**", "a Psion file"),
     (0, b"\xf0\x7e", "a MIDI sample dump"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-    (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"Rar!", "a RAR archive"),
-    (0, b"7z\xbc\xaf", "a 7z archive"),
-    (0, b"%PDF", "a PDF file"),
-    (0, b"\x89PNG", "a picture"),
-    (0, b"\xff\xd8\xff", "a picture"),
-    (0, b"GIF8", "a picture"),
-    (0, b"GGUF", "a GGUF file, not audio"),
+)
+
+_NOT_AUDIO = (
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"%PDF", "a PDF file"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"GIF8", "a picture"),
+    (b"GGUF", "a GGUF file"),
 )
 
 
@@ -113,6 +116,8 @@ def _parts_at(data: AudioBytes, at: int, max_seconds: float | None) -> list[Part
         return reader(data, at)
     if kind := next((kind for place, magic, kind in _FOREIGN_KINDS if head.startswith(magic, place)), None):
         raise AudioError(f"{data.name}: is {kind}, which cannot be read here; {CONVERT}")
+    if kind := next((kind for magic, kind in _NOT_AUDIO if head.startswith(magic)), None):
+        raise AudioError(f"{data.name}: is {kind}, not audio; give a wav, flac, ogg or mp3 file")
     if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
         raise AudioError(f"{data.name}: is an MPEG transport stream, which cannot be read here; {CONVERT}")
     if is_mpeg(data, at):

@@ -73,7 +73,7 @@ def _wave_sound(data: AudioBytes, found: Chunks, fmt: bytes, order: str) -> list
         return [pcm_part(data, sample, rate, n_channels, found.spans, found.end, found.missing, found.note)]
     if tag not in _WAVE_CODECS:
         raise AudioError(f"{data.name}: is a WAV file of format 0x{tag:04x}, which cannot be read here; {CONVERT}")
-    start, stop = found.spans[0]
+    start, stop = _only_span(data, found)
     n_bytes = min(stop - start, 0x7FFFFF00 - len(fmt))
     riff, u32 = (b"RIFX", ">I") if order == ">" else (b"RIFF", "<I")
     head = b"WAVEfmt " + struct.pack(u32, len(fmt)) + fmt + b"data" + struct.pack(u32, n_bytes)
@@ -96,12 +96,19 @@ def _wave_sample(tag: int, n_channels: int, align: int, bits: int, order: str) -
 
 
 def _mpeg_inside(data: AudioBytes, found: Chunks) -> list[Part]:
-    start, stop = found.spans[0]
+    start, stop = _only_span(data, found)
     parts = mpeg_parts(data, start, stop, found.end)
     if found.missing > 1:
         seconds = sum((part.n_frames or 0) / part.rate for part in parts)
         raise AudioError(cut_off(data.name, seconds, seconds * found.missing))
     return parts
+
+
+def _only_span(data: AudioBytes, found: Chunks) -> Span:
+    """Where compressed sound lies, which no decoder takes in pieces."""
+    if len(found.sound) > 1:
+        raise AudioError(f"{data.name}: holds its compressed sound in {len(found.sound)} pieces; {CONVERT}")
+    return found.spans[0]
 
 
 def aiff_parts(data: AudioBytes, at: int) -> list[Part]:
@@ -116,12 +123,15 @@ def aiff_parts(data: AudioBytes, at: int) -> list[Part]:
     if compression == b".mp3":
         return _mpeg_inside(data, found)
     if compression not in _AIFC:
+        _only_span(data, found)
         return [coded_part(data, at, found.end, b"", found.end, found.missing, found.note)]
+    offset = int.from_bytes(data.read(found.spans[0][0] - 8, 4), "big")
+    spans = [(min(start + offset, stop), stop) for start, stop in found.spans]
     kind, width, order = _AIFC[compression]
     sample = SampleType(kind, width or -(-bits // 8), order)
     if not sample.known:
         raise _damaged(data, f"it states samples of {bits} bits")
-    return [pcm_part(data, sample, rate, n_channels, found.spans, found.end, found.missing, found.note)]
+    return [pcm_part(data, sample, rate, n_channels, spans, found.end, found.missing, found.note)]
 
 
 def _extended(number: bytes) -> float:
@@ -140,6 +150,7 @@ def caf_parts(data: AudioBytes, at: int) -> list[Part]:
     if codec in (b".mp1", b".mp2", b".mp3"):
         return _mpeg_inside(data, found)
     if codec == b"alac":
+        _only_span(data, found)
         return [coded_part(data, at, found.end, b"", found.end, found.missing, found.note)]
     kind = {b"lpcm": "f" if flags & 1 else "i", b"ulaw": "U", b"alaw": "A"}.get(codec)
     if kind is None:

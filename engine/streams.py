@@ -15,7 +15,7 @@ from .audio_bytes import AudioBytes, AudioError, Span
 from .codec import Complaints, coded_part, hushed, open_sound, sound_blocks
 from .mpeg import Stream, frame_mpeg, looks_like_mpeg
 from .recording import RESCUE, Blocks, Part
-from .tags import skip_tags
+from .tags import is_text, skip_tags
 
 log = logging.getLogger("auricle.audio")
 
@@ -177,15 +177,6 @@ def _n_foreign(data: AudioBytes, content: bytes, gap: slice) -> int:
     at = skip_tags(piece, 0)
     rest = content[gap][at:].strip(b"\0")
     return 0 if is_text(rest) else len(rest)
-
-
-def is_text(head: bytes) -> bool:
-    """Whether bytes, of which the last character may be cut, can be read as text."""
-    try:
-        text = head[:-3].decode() if len(head) > 3 else head.decode()
-    except UnicodeDecodeError:
-        return False
-    return all(char.isprintable() or char.isspace() for char in text)
 
 
 class _Claiming(Span):

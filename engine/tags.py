@@ -1,4 +1,4 @@
-"""Tags that music programs put before and behind a recording: ID3, APE, Lyrics3. Passed over, never read."""
+"""Tags that music programs put before and behind a recording: ID3, APE, Lyrics3, text. Passed over, never read."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def _tag_bytes(head: bytes, data: AudioBytes, at: int) -> int:
         ends = [content.find(mark) for mark in (b"LYRICS200", b"LYRICSEND")]
         return min((end + 9 for end in ends if end >= 0), default=0)
     return 0
+
+
+def is_text(head: bytes) -> bool:
+    """Whether bytes, of which the last character may be cut, can be read as text."""
+    try:
+        text = head[:-3].decode() if len(head) > 3 else head.decode()
+    except UnicodeDecodeError:
+        return False
+    return all(char.isprintable() or char.isspace() for char in text)

@@ -78,6 +78,13 @@ def with_size(data: bytes, kind: str, size: int) -> bytes:
     return bytes(changed)
 
 
+def in_wave(stream: bytes, tag: int, rate: int) -> bytes:
+    """A mono MPEG stream in a WAV file of a format tag."""
+    fmt = struct.pack("<HHIIHHH", tag, 1, rate, 4_000, 1, 0, 12)
+    chunks = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(stream)) + stream
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
+
+
 def silent_mpeg(layer: int, bitrates: list[int], rate: int = 1, mono: bool = True, padding: bool = False) -> bytes:
     """Frames of MPEG-1 layer I or II in which no subband has a bit: silence. bitrates, rate: indices of the header.
 

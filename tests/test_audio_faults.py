@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from auricle.engine import load
-from auricle.engine.audio import AudioError, load_audio
+from auricle.engine.audio import AudioError, count_samples, load_audio
 from sounds import CONTAINERS, LOSSY, SAMPLE_RATE, SIZED, encode, size_of_sound, synthetic, with_size
 from support import ROOT, SHARED, needs_shared
 
@@ -255,3 +255,17 @@ def test_voc_of_several_blocks(warnings):
     assert warnings() == []
     fails(data[:2300], "cut off or damaged, only 0.2")
     fails(head + block(1, b"\x83\3" + raw), "codec 3", "convert it first")
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_the_length_by_the_headers_alone(kind):
+    data = encode(synthetic(1.5, 8_000), 8_000, kind)
+    assert count_samples(data) == len(load_audio(data)) == 24_000
+    assert count_samples(data + data) == 48_000
+    assert count_samples(encode(CLIP, SAMPLE_RATE, "mp3")) == len(load_audio(encode(CLIP, SAMPLE_RATE, "mp3")))
+
+
+def test_text_behind_the_sound_is_no_sound(warnings):
+    data = encode(CLIP, SAMPLE_RATE, "wav")
+    assert np.array_equal(load_audio(data + b"<xml>made by hand</xml>\n" * 100), load_audio(data))
+    assert warnings() == ["2400 bytes behind its sound are of no known kind and left out"]

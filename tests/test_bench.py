@@ -167,7 +167,7 @@ def test_a_machine_is_told_in_plain_data() -> None:
     ("arguments", "status", "line"),
     [
         (["-m", "MODEL", "--audio", "nothing.wav"], 4, "no such file"),
-        (["-m", "MODEL", "--audio", "MODEL"], 4, "unknown kind"),
+        (["-m", "MODEL", "--audio", "MODEL"], 4, "is a GGUF file, not audio"),
         (["-m", "nothing.gguf"], 3, "cannot open"),
         (["-m", str(JFK)], 3, "not a GGUF file"),
         (["-m", "MODEL", "--seconds", "0"], 2, "--seconds is 0"),

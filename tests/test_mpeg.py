@@ -14,7 +14,7 @@ import pytest
 from auricle.engine.audio import AudioError, load_audio
 from auricle.engine.codec import Complaints, hushed
 from auricle.engine.mpeg import frame_mpeg
-from sounds import SAMPLE_RATE, encode, silent_mpeg, synthetic
+from sounds import SAMPLE_RATE, encode, in_wave, silent_mpeg, synthetic
 
 ICY = b"ICY 200 OK\r\nicy-name: Radio \xc3\x84\r\nContent-Type: audio/mpeg\r\nicy-br: 64\r\n\r\n"
 
@@ -32,12 +32,6 @@ def vbr(rate: int = 22_050, seconds: float = 6.0) -> bytes:
     quiet = 0.01 * np.sin(np.arange(n, dtype=np.float32))
     data = encode(np.concatenate([quiet, loud]), rate, "mp3", bitrate_mode="VARIABLE")
     return data[data.index(data[:2], data.index(b"Xing")) :]
-
-
-def in_wave(stream: bytes, tag: int, rate: int) -> bytes:
-    fmt = struct.pack("<HHIIHHH", tag, 1, rate, 4_000, 1, 0, 12)
-    chunks = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(stream)) + stream
-    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
 def seconds(data: bytes) -> float:

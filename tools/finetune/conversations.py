@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
-from ...engine.audio import AudioError, load_audio
-from ...engine.codec import UNKNOWN_LENGTH
-from ...engine.mel import HOP, SAMPLE_RATE, log_mel
+from ...engine.audio import AudioError, count_samples, load_audio
+from ...engine.mel import HOP, log_mel
 from ..conversations import Conversation, ConversationError, Turn, read_conversations
 from .batches import Batch, Codec, Row, collate
 
@@ -153,10 +151,9 @@ class Conversations:
 
     def _measure_clip(self, clip: str, line: int) -> int:
         try:
-            header = soundfile.info(clip)
-            n_samples = int(header.frames * SAMPLE_RATE / header.samplerate) if header.frames < UNKNOWN_LENGTH else None
-        except soundfile.LibsndfileError:  # what this library cannot read, another decoder may
-            n_samples = None
+            n_samples = count_samples(clip)
+        except AudioError as error:
+            raise AudioError(f"{self.path}, line {line}: {error}") from error
         if n_samples is None:
             n_samples = len(self._load(clip, line))
         return self.codec.count_span(max(n_samples // HOP, 1))
