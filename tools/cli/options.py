@@ -20,6 +20,7 @@ from ...engine import Model, load
 from ...engine.answer import FEWEST_NEW_TOKENS, NEW_TOKENS_PER_SECOND
 from ...engine.sampling import OptionError
 from ..demo import MODEL, find_model
+from .cut import say_when_cut
 
 ModelFile = Annotated[Path, typer.Argument(help="A GGUF file, or demo.", callback=find_model, show_default=False)]
 ModelPath = Annotated[
@@ -123,7 +124,7 @@ class OpenSettings:
     as_json: AsJSON = False
 
     def open(self) -> Model:
-        return load(
+        model = load(
             self.model,
             backend=self.backend,
             precision=self.precision,
@@ -133,6 +134,8 @@ class OpenSettings:
             memory=None if self.memory is None else parse_size(self.memory),
             lora=self.lora or (),
         )
+        say_when_cut(self.model)
+        return model
 
 
 @dataclass(frozen=True)
