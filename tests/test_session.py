@@ -141,7 +141,18 @@ def test_a_prompt_is_a_text(model: Model, prompt: object) -> None:
         model.plan([1.0], prompt)
 
 
-@pytest.mark.parametrize("settings", [{"n_ctx": 0}, {"n_ctx": 2.5}, {"n_ctx": True}, {"threads": "2"}, {"kv_type": ""}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_ctx": 0},
+        {"n_ctx": 2.5},
+        {"n_ctx": True},
+        {"threads": "2"},
+        {"kv_type": ""},
+        {"memory": "4GiB"},
+        {"memory": 0},
+    ],
+)
 def test_settings_out_of_range(path: Path, settings: dict) -> None:
     with pytest.raises(AuricleError):
         load(path, **settings)
