@@ -73,7 +73,7 @@ def plan_conversion(
     wanted = [Wanted(target.name, target.shape, source) for source, target in targets.items()]
     computed = _compute(settings)
     wanted += [Wanted(name, values.shape) for name, values in computed.items()]
-    notes = vocabulary.notes + tuple(f"{name} is left out: {why}" for name, why in dropped.items())
+    notes = settings.assumed + vocabulary.notes + tuple(f"{name} is left out: {why}" for name, why in dropped.items())
     choices = {"overrides": overrides, "importance": importance, "adapters": adapters, "notes": notes}
     plan = make_plan(checkpoint, wanted, recipe, metadata | merged, **choices)
     inputs = (checkpoint.directory, *(parse_lora(spec)[0] for spec in lora))

@@ -30,6 +30,7 @@ class Hyperparameters:
     values: dict[str, int | float]
     taps: tuple[int, ...]
     flags: frozenset[str]
+    assumed: tuple[str, ...] = ()  # what the configuration leaves open, in words
 
     def metadata(self) -> dict[str, Typed]:
         """The keys as a GGUF file holds them; the window and the taps included."""
@@ -57,7 +58,12 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     flags = {"tied" if read_tied(config) else "untied"}
     if values["enc.output_dim"] != values["enc.d_model"]:
         flags.add("out_proj")
-    return Hyperparameters(values, taps, frozenset(flags))
+    assumed = tuple(
+        f"{CONFIG} lacks {row.paths[0]}: {row.default} is assumed, as in the official code"
+        for row in names.KEYS
+        if row.default is not None and all(look_up(config, path) is None for path in row.paths)
+    )
+    return Hyperparameters(values, taps, frozenset(flags), assumed)
 
 
 def check_mel(processor: Document, n_mels: int) -> None:

@@ -330,6 +330,10 @@ def load(
     that cannot raises ContextError. `poison`: for tests, see `Program`.
     Raises GGUFError, ModelError (LoraError for an adapter), TokenizerError, BackendError or OptionError, each one line.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"the model is of type {type(path).__name__}; it must be the path of a GGUF file")
+    if memory is not None:
+        check_whole("memory", memory)
     file = open_gguf(path)
     try:
         if threads is not None:

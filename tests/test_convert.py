@@ -220,6 +220,8 @@ def test_defaults_of_an_older_checkpoint(folder: Path, tmp_path: Path) -> None:
     found = metadata(folder, tmp_path / "a.gguf")
     assert found["moss_audio.enc.n_window"] == 200
     assert found["moss_audio.deepstack.num_inject_layers"] == 3
+    notes = plan_conversion(folder, "f32").notes
+    assert "config.json lacks audio_config.n_window: 200 is assumed, as in the official code" in notes
     assert found["moss_audio.time_markers"] is True
     assert found["moss_audio.llm.rope_theta"] == 1e6
     assert found["moss_audio.audio_token_id"] == ids["audio_token_id"]

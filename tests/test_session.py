@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from auricle.convert.hf import convert, plan_conversion
-from auricle.engine import AuricleError, Model, load
+from auricle.engine import AuricleError, GenerateOptions, Model, load
 from auricle.engine.gguf import Typed, boolean, f32, i32, open_gguf, string, strings, u32
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.prompts import PromptError
-from auricle.engine.turns import TurnError
+from auricle.engine.turns import Turn, TurnError
+from auricle.tools.cli.main import run
 from auricle.tools.sample import SampleShape, write_checkpoint
 from sounds import JFK, synthetic
 
@@ -137,7 +141,18 @@ def test_a_prompt_is_a_text(model: Model, prompt: object) -> None:
         model.plan([1.0], prompt)
 
 
-@pytest.mark.parametrize("settings", [{"n_ctx": 0}, {"n_ctx": 2.5}, {"n_ctx": True}, {"threads": "2"}, {"kv_type": ""}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_ctx": 0},
+        {"n_ctx": 2.5},
+        {"n_ctx": True},
+        {"threads": "2"},
+        {"kv_type": ""},
+        {"memory": "4GiB"},
+        {"memory": 0},
+    ],
+)
 def test_settings_out_of_range(path: Path, settings: dict) -> None:
     with pytest.raises(AuricleError):
         load(path, **settings)
@@ -188,10 +203,79 @@ def test_markers_off_in_the_file(path: Path, tmp_path: Path) -> None:
     assert n_digits == len("246810")
 
 
-def rewrite(source: Path, target: Path, changes: dict[str, Typed]) -> None:
-    """Copies a file with other metadata."""
+ASSUMED = {
+    "moss_audio.enc.n_window": 200, "moss_audio.time_markers": True, "tokenizer.ggml.pre": "qwen2",
+}  # fmt: skip
+
+
+def test_what_a_file_does_not_say_is_named_once(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(path, tmp_path / "terse.gguf", dict.fromkeys(ASSUMED))
+    for _ in range(2):
+        with load(tmp_path / "terse.gguf") as model:
+            assert model.assumed == ASSUMED
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{tmp_path / 'terse.gguf'} does not say")
+    assert all(f"{key} = {value}" in line for key, value in ASSUMED.items())
+    rewrite(path, tmp_path / "window.gguf", {"moss_audio.enc.n_window": None})
+    with load(tmp_path / "window.gguf") as model:
+        assert model.assumed == {"moss_audio.enc.n_window": 200}
+    with load(path) as model:
+        assert model.assumed == {}
+
+
+def test_assumptions_are_marked(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    terse = tmp_path / "terse.gguf"
+    rewrite(path, terse, dict.fromkeys(ASSUMED))
+    pages = {}
+    for command in (("inspect", terse), ("plan", "-m", terse, "--ctx", "300")):
+        for form in ((), ("--json",)):
+            with patch.object(sys, "argv", ["auricle", *map(str, command), *form]), pytest.raises(SystemExit) as end:
+                run()
+            assert not end.value.code
+            pages[command[0], *form] = capsys.readouterr().out
+    for command in ("inspect", "plan"):
+        assert json.loads(pages[command, "--json"])["assumed"] == ASSUMED
+        assert "moss_audio.enc.n_window" in pages[(command,)]
+    assert "200 (assumed; the file does not say)" in pages[("inspect",)]
+    assert "assumed: moss_audio.enc.n_window = 200, which the file does not say" in pages[("plan",)]
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(0, 1024), (11, 1134), (600, 7024)])
+def test_an_answer_may_be_longer_the_longer_the_audio(model: Model, seconds: float, limit: int) -> None:
+    assert GenerateOptions().limit(seconds) == limit
+    assert GenerateOptions(max_new_tokens=5).limit(seconds) == 5
+
+
+def test_the_limit_is_what_a_stream_and_a_plan_take(path: Path) -> None:
+    with load(path) as model:
+        asked = []
+        model.runtime.prefill = lambda prompt, rows, n_new: asked.append(n_new) or np.eye(1, 1024, 0, np.float32)[0]
+        next(model.stream(audio=JFK), None)
+        assert asked == [1024 + 110]
+        plans = [model.plan([11.0], max_new_tokens=n).kv_cache for n in (None, 1134, 1135)]
+        assert plans[0] == plans[1] < plans[2]
+
+
+def test_the_first_step_comes_before_any_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is compiled for it, and said about that, does not land inside the answer."""
+    steps, decode = [], model.runtime.decode
+    monkeypatch.setattr(model.runtime, "decode", lambda *a: steps.append(1) or decode(*a))
+    counts = []
+    for _ in range(2):
+        steps.clear()
+        tokens = model.stream("What?", SOUND, max_new_tokens=10)._pieces.gi_frame.f_locals["self"]
+        turn = Turn()
+        next(tokens._tokens(turn, tokens._read(turn)[0]))
+        counts.append(len(steps))
+        model.end(turn)
+    assert counts == [1, 0]
+
+
+def rewrite(source: Path, target: Path, changes: dict[str, Typed | None]) -> None:
+    """Copies a file with other metadata; without the keys that become None."""
     with open_gguf(source) as file:
-        layout = plan_layout(file.types | changes, [(t.name, t.shape, t.format) for t in file.tensors.values()])
+        types = {key: value for key, value in (file.types | changes).items() if value is not None}
+        layout = plan_layout(types, [(t.name, t.shape, t.format) for t in file.tensors.values()])
         with GGUFWriter(target, layout) as writer:
             for name in file.tensors:
                 writer.write(name, file.data(name))

@@ -195,6 +195,51 @@ def test_a_forked_child_is_told_at_once(path: Path, when: str) -> None:
     assert all(("'spawn'" in line) == (when == "after") for line in lines), lines
 
 
+CUT = """
+import os, sys
+from pathlib import Path
+from auricle.tools.cli.options import OpenSettings
+path = Path(sys.argv[1])
+model = OpenSettings(path, backend="reference").open()
+os.truncate(path, 4096)
+for name in model.file.tensors:
+    model.file.data(name).sum()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGBUS as on Linux")
+def test_a_page_that_is_gone_ends_in_one_line(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(path.read_bytes())
+    done = subprocess.run([sys.executable, "-c", CUT, str(copy)], capture_output=True, text=True, check=False)
+    line = f"auricle: {copy} was cut short while it was in use; fetch or convert it again\n"
+    assert (done.returncode, done.stderr) == (3, line)
+
+
+TWO_MODELS = """
+import sys, threading
+import numpy as np
+from auricle.engine import load
+models = [load(sys.argv[1], n_ctx=200) for _ in range(2)]
+answers = []
+def ask(model):
+    for _ in range(3):
+        answers.append(model.generate("What?", np.zeros(8000, np.float32), sample_rate=16000, max_new_tokens=8).text)
+threads = [threading.Thread(target=ask, args=(model,)) for model in models]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(answers) == 6 and len(set(answers)) == 1, answers
+"""
+
+
+def test_two_models_in_two_threads_where_numba_has_its_own_scheduler(path: Path) -> None:
+    """It ends a process that runs two parallel kernels at once."""
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", TWO_MODELS, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_file_that_shrinks_between_two_steps(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(path.read_bytes())

@@ -119,12 +119,14 @@ def prepare() -> None:
         sweep(folder, fingerprint())
 
 
-@cache
+_scheduler = threading.RLock()  # numba's own
+
+
 def one_at_a_time() -> AbstractContextManager[Any]:
     """To hold while parallel kernels run: a lock for the whole process where numba has nothing but its own scheduler,
     which ends a process whose threads start two at once; with OpenMP and TBB nothing."""
     numba.set_num_threads(numba.get_num_threads())  # starts the threads; before that numba does not know which they are
-    return threading.RLock() if numba.threading_layer() == "workqueue" else nullcontext()
+    return _scheduler if numba.threading_layer() == "workqueue" else nullcontext()
 
 
 def sweep(folder: Path, current: str) -> None:

@@ -21,6 +21,7 @@ from ...engine.answer import FEWEST_NEW_TOKENS, NEW_TOKENS_PER_SECOND
 from ...engine.lora import parse_lora
 from ...engine.sampling import OptionError
 from ..demo import MODEL, find_model
+from .cut import say_when_cut
 
 ModelFile = Annotated[Path, typer.Argument(help="A GGUF file, or demo.", callback=find_model, show_default=False)]
 ModelPath = Annotated[
@@ -128,7 +129,7 @@ class OpenSettings:
         return [parse_lora(spec)[0] for spec in self.lora or ()]
 
     def open(self) -> Model:
-        return load(
+        model = load(
             self.model,
             backend=self.backend,
             precision=self.precision,
@@ -138,6 +139,8 @@ class OpenSettings:
             memory=None if self.memory is None else parse_size(self.memory),
             lora=self.lora or (),
         )
+        say_when_cut(self.model)
+        return model
 
 
 @dataclass(frozen=True)
