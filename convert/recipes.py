@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import NamedTuple
 
 from ..kernels.formats import (
@@ -32,6 +33,8 @@ from ..kernels.formats import (
     Format,
 )
 from .source import ConversionError
+
+_WILD = re.compile(r"[*?\[]")
 
 
 class Rule(NamedTuple):
@@ -156,13 +159,21 @@ def choose_formats(
     for rule in overrides:
         if not any(fnmatchcase(name, rule.pattern) for name in shapes):
             raise ConversionError(f"no tensor's name matches {rule.pattern!r}: auricle inspect and --dry-run list them")
-    rules = (*KEPT, *overrides, *recipe.rules)
+    rules = list(enumerate((*KEPT, *overrides, *recipe.rules)))
+    exact: dict[str, list[tuple[int, Rule]]] = {}  # a file made to measure has a rule for each tensor
+    for n, rule in rules:
+        if not _WILD.search(rule.pattern):
+            exact.setdefault(rule.pattern, []).append((n, rule))
+    wild = [(n, rule) for n, rule in rules if _WILD.search(rule.pattern)]
     subjects = _describe(shapes)
-    return {name: _choose(rules, name, subject) for name, subject in subjects.items()}
+    return {
+        name: _choose(sorted([*exact.get(name, ()), *wild], key=itemgetter(0)), name, subject)
+        for name, subject in subjects.items()
+    }
 
 
-def _choose(rules: Sequence[Rule], name: str, subject: Subject) -> Choice:
-    wanted = next(r.format for r in rules if fnmatchcase(name, r.pattern) and CONDITIONS[r.where](subject))
+def _choose(rules: Sequence[tuple[int, Rule]], name: str, subject: Subject) -> Choice:
+    wanted = next(r.format for _, r in rules if fnmatchcase(name, r.pattern) and CONDITIONS[r.where](subject))
     n_cols = subject.shape[-1]
     chosen = fit_rows(wanted, n_cols)
     note = "" if chosen is wanted else f"rows of {n_cols} do not fill blocks of {wanted.length} ({wanted})"

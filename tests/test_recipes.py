@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from auricle.convert import recipes
 from auricle.convert.hf import plan_conversion
 from auricle.convert.recipes import (
     FALLBACKS,
     LAST_FALLBACK,
     RECIPES,
     Choice,
+    Recipe,
+    Rule,
     choose_formats,
     find_recipe,
     parse_override,
@@ -197,3 +201,21 @@ def test_notes_name_the_types_that_fell_back(tmp_path: Path) -> None:
     assert any(note.startswith("llm.blk.{0-2}.attn.q.weight: ") for note in plan.notes)
     assert len([note for note in plan.notes if "do not fill" in note]) < len(rows)
     assert all(row.format is not Q5_K for row in plan)
+
+
+def test_a_rule_for_each_tensor_takes_about_as_many_steps_as_there_are_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, asked = 2000, []
+    monkeypatch.setattr(recipes, "fnmatchcase", lambda *pair: asked.append(pair) or fnmatchcase(*pair))
+    shapes = {f"llm.blk.{i}.attn.q.weight": (256, 256) for i in range(n)}
+    rules = tuple(Rule(name, Q6_K if i % 2 else Q8_0) for i, name in enumerate(shapes))
+    found = choose_formats(Recipe("lora", 1, rules), shapes)
+    assert [choice.format for choice in found.values()] == [Q8_0, Q6_K] * (n // 2)
+    assert len(asked) < 10 * n
+
+
+def test_the_first_rule_wins_whether_it_is_a_name_or_a_pattern() -> None:
+    shapes = {"a.weight": (256, 256), "b.weight": (256, 256)}
+    name, pattern = Rule("a.weight", Q6_K), Rule("*", Q8_0)
+    for rules, want in (((name, pattern), Q6_K), ((pattern, name), Q8_0)):
+        found = choose_formats(Recipe("x", 1, rules), shapes)
+        assert (found["a.weight"].format, found["b.weight"].format) == (want, Q8_0)
