@@ -33,14 +33,14 @@ _SURE = 3  # frames of another kind in a row that are no accident
 
 @dataclass(frozen=True)
 class Frame:
-    """What one frame header says. `n_bytes` counts the header too; `info_at` is where a length header would begin."""
+    """What one frame header says. `n_bytes` counts the header too; `n_side` is of the side information behind it."""
 
     layer: int
     n_bytes: int
     n_samples: int
     sample_rate: int
     n_channels: int
-    info_at: int
+    n_side: int
 
     @property
     def kind(self) -> tuple[int, int, int, int]:
@@ -135,7 +135,7 @@ def looks_like_mpeg(data: bytes, start: int, whole: bool) -> bool:
 @cache  # at most 2 ** 15 different keys: the sync bits are always set
 def _parse(top: int) -> Frame | None:
     """The frame that the upper 26 bits of a header describe; None where it is none or states no length."""
-    version, layer_bits, has_crc = top >> 13 & 3, top >> 11 & 3, not top >> 10 & 1
+    version, layer_bits = top >> 13 & 3, top >> 11 & 3
     bitrate, rate, padding, mono = top >> 6 & 15, top >> 4 & 3, top >> 3 & 1, top & 3 == 3
     if layer_bits == 0 or version == 1 or rate == 3 or bitrate == 15:
         return None
@@ -146,7 +146,7 @@ def _parse(top: int) -> Frame | None:
     kbits = _BITRATES[first_version, layer][bitrate]
     n_bytes = (n_samples // 8 // slot * kbits * 1000 // sample_rate + padding) * slot if kbits else 0
     side_info = (17 if mono else 32) if first_version else (9 if mono else 17)
-    return Frame(layer, n_bytes, n_samples, sample_rate, 1 if mono else 2, 4 + 2 * has_crc + side_info)
+    return Frame(layer, n_bytes, n_samples, sample_rate, 1 if mono else 2, side_info)
 
 
 def _parse_free(header: bytes) -> Frame | None:
@@ -182,7 +182,7 @@ def _free_frame(data: bytes, pos: int, n_bytes: int = 0) -> Frame | None:
     return Frame(frame.layer, n_bytes + padding, *(getattr(frame, name) for name in _AFTER_LENGTH))
 
 
-_AFTER_LENGTH = ("n_samples", "sample_rate", "n_channels", "info_at")
+_AFTER_LENGTH = ("n_samples", "sample_rate", "n_channels", "n_side")
 
 
 def _walk(data: bytes, pos: int) -> Iterator[tuple[int, Frame]]:
@@ -229,24 +229,32 @@ def _stated_frames(data: bytes, pos: int, frame: Frame) -> int | None:
     """The number of frames that a length header states, 0 where it leaves it out; None where `frame` holds audio."""
     if frame.layer != 3:
         return None
-    if data.startswith((b"Xing", b"Info"), pos + frame.info_at) and len(data) >= pos + frame.info_at + 12:
-        flags, n_frames = struct.unpack_from(">II", data, pos + frame.info_at + 4)
+    at = _info_at(data, pos, frame)
+    if at is not None:
+        flags, n_frames = struct.unpack_from(">II", data, at + 4)
         return n_frames if flags & _HAS_FRAMES else 0
     if data.startswith(b"VBRI", pos + 36) and len(data) >= pos + 36 + 18:
         return struct.unpack_from(">I", data, pos + 36 + 14)[0]
     return None
 
 
+def _info_at(data: bytes, pos: int, frame: Frame) -> int | None:
+    """Where the length header of a frame begins: behind its side information; few programs count a checksum before it."""
+    for at in (pos + 4 + frame.n_side, pos + 6 + frame.n_side):
+        if data.startswith((b"Xing", b"Info"), at) and len(data) >= at + 16:
+            return at
+    return None
+
+
 def _info_frame(info: bytes, n_frames: int, n_bytes: int) -> bytes:
     """A file's own Info frame, which also says what to trim at the ends, with true numbers."""
     template = bytearray(info)
-    at = _frame_at(template, 0).info_at
+    at = _info_at(info, 0, _frame_at(info, 0))
     struct.pack_into(">II", template, at + 8, n_frames, n_bytes + len(template))
     return bytes(template)
 
 
 def _states_both(info: bytes) -> bool:
     frame = _frame_at(info, 0)
-    at = frame.info_at if frame else 0
-    has_header = at + 16 < len(info) and info.startswith((b"Xing", b"Info"), at)
-    return has_header and info[at + 7] & 3 == _HAS_FRAMES | _HAS_BYTES
+    at = _info_at(info, 0, frame) if frame else None
+    return at is not None and info[at + 7] & 3 == _HAS_FRAMES | _HAS_BYTES

@@ -7,6 +7,7 @@ whole. Layout of Ogg pages: RFC 3533; of FLAC: RFC 9639.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
@@ -22,7 +23,7 @@ log = logging.getLogger("auricle.audio")
 TOLERANCE = 0.1  # seconds that may be missing: encoders count a frame more or less
 _SAMPLED = 1 << 20  # bytes by which MPEG audio is recognised
 _MPEG_RATE = 100_000  # bytes a second at most
-_MPEG_MARK = "libmpg123"
+_MPEG_MARK = re.compile(r"libmpg123|^(?:Note|Warning|Error): ")  # what its decoder writes to stderr
 _FLAC_STARTS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 _OGG_HEADER = 27
 _OGG_FIRST, _OGG_LAST = 2, 4  # flags of the first and the last page of a recording
