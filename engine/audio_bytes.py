@@ -75,7 +75,7 @@ class AudioBytes:
         return not any(self.read(at, min(_PIECE, stop - at)).strip(b"\0") for at in range(start, stop, _PIECE))
 
 
-class Span(io.RawIOBase):
+class SpanFile(io.RawIOBase):
     """`prefix` and then the bytes [start, stop) as a file, which is what a decoder reads.
 
     `claim`: bytes by which the file says it is longer than it is.

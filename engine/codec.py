@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import BinaryIO
 
-from .audio_bytes import AudioBytes, AudioError, Span
+from .audio_bytes import AudioBytes, AudioError, SpanFile
 from .recording import CONVERT, RESCUE, Blocks, Part, block_frames, check_channels
 
 UNKNOWN_LENGTH = 1 << 62  # frames; libsndfile gives the largest int64 where a header leaves the length out
@@ -40,7 +40,7 @@ def coded_part(
     """
 
     def opener() -> BinaryIO:
-        return Span(data, start, stop, prefix)
+        return SpanFile(data, start, stop, prefix)
 
     with open_sound(data.name, opener) as sound:
         rate, n_channels, n_frames = sound.samplerate, sound.channels, sound.frames

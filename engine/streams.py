@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from .audio_bytes import AudioBytes, AudioError, Span
+from .audio_bytes import AudioBytes, AudioError, SpanFile
 from .codec import Complaints, coded_part, hushed, open_sound, sound_blocks
 from .mpeg import Stream, frame_mpeg, looks_like_mpeg
 from .recording import RESCUE, Blocks, Part
@@ -41,7 +41,7 @@ def flac_parts(data: AudioBytes, at: int) -> list[Part]:
     part = coded_part(data, at + 42, stop, open_length, stop)
 
     def blocks() -> Blocks:
-        return sound_blocks(data.name, lambda: Span(data, at + 42, stop, open_length), part.rate, n_stated or None)
+        return sound_blocks(data.name, lambda: SpanFile(data, at + 42, stop, open_length), part.rate, n_stated or None)
 
     return [replace(part, blocks=blocks, n_frames=n_stated or None)]
 
@@ -180,7 +180,7 @@ def _n_foreign(data: AudioBytes, content: bytes, gap: slice) -> int:
     return 0 if is_text(rest) else len(rest)
 
 
-class _Claiming(Span):
+class _Claiming(SpanFile):
     """A file that the MPEG decoder takes for longer than it is.
 
     Without a length header it guesses from the size and the first frame, and hears no more. Where it looks for a tag,

@@ -143,3 +143,11 @@ def test_what_others_write_to_stderr_meanwhile_arrives(capfd):
     assert capfd.readouterr().err == "auricle: a line\nanother\n"
     assert complaints.lines == ["[src/libmpg123/layer3.c] error: big_values\n"]
     assert len(load_audio(io.BytesIO(vbr()))) > 0
+
+
+def test_a_table_of_numbers_is_no_mpeg():
+    """Its rows are as long as frames of layer I, and some begin with set bits."""
+    row = silent_mpeg(1, [1])
+    for n_rows in (2, 5, 11):
+        with pytest.raises(AudioError, match="unknown kind"):
+            load_audio(b"TZif2" + bytes(39) + row * n_rows)
