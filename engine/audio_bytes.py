@@ -75,7 +75,7 @@ class AudioBytes:
         return not any(self.read(at, min(_PIECE, stop - at)).strip(b"\0") for at in range(start, stop, _PIECE))
 
 
-class Span(io.RawIOBase):
+class SpanFile(io.RawIOBase):
     """`prefix` and then the bytes [start, stop) as a file, which is what a decoder reads.
 
     `claim`: bytes by which the file says it is longer than it is.
@@ -122,7 +122,8 @@ def open_bytes(source: FileSource, limit: Limit) -> AudioBytes:
     elif isinstance(source, io.TextIOBase):
         raise AudioError("file object is open as text; open it in binary mode ('rb')")
     elif hasattr(source, "read"):
-        data = _read_stream("file object", source, limit)
+        name = getattr(source, "name", None)
+        data = _read_stream(name if isinstance(name, str) and name.isprintable() else "file object", source, limit)
     else:
         raise AudioError(f"{type(source).__name__} is no audio; {_REFUSED}")
     if data.size == 0:

@@ -6,6 +6,7 @@ Knows no container.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import BinaryIO
 
-from .audio_bytes import AudioBytes, AudioError, Span
+from .audio_bytes import AudioBytes, AudioError, SpanFile
 from .recording import CONVERT, RESCUE, Blocks, Part, block_frames, check_channels
 
 UNKNOWN_LENGTH = 1 << 62  # frames; libsndfile gives the largest int64 where a header leaves the length out
@@ -39,7 +40,7 @@ def coded_part(
     """
 
     def opener() -> BinaryIO:
-        return Span(data, start, stop, prefix)
+        return SpanFile(data, start, stop, prefix)
 
     with open_sound(data.name, opener) as sound:
         rate, n_channels, n_frames = sound.samplerate, sound.channels, sound.frames
@@ -119,8 +120,8 @@ _stderr_lock = threading.Lock()
 
 
 @contextmanager
-def hushed(complaints: Complaints, mark: str) -> Iterator[None]:
-    """Keeps lines that hold `mark` from the process's stderr; all others go on to it a little later.
+def hushed(complaints: Complaints, mark: re.Pattern) -> Iterator[None]:
+    """Keeps lines in which `mark` is found from the process's stderr; all others go on to it a little later.
 
     The MPEG decoder within libsndfile writes there, and nothing can tell it not to.
     """
@@ -140,10 +141,10 @@ def hushed(complaints: Complaints, mark: str) -> Iterator[None]:
                 _pass_on(written, complaints, mark)
 
 
-def _pass_on(written: BinaryIO, complaints: Complaints, mark: str) -> None:
+def _pass_on(written: BinaryIO, complaints: Complaints, mark: re.Pattern) -> None:
     written.seek(0)
     for line in written.read().decode(errors="replace").splitlines(keepends=True):
-        if mark in line:
+        if mark.search(line):
             complaints.lines.append(line)
         elif line.strip():
             with suppress(OSError):

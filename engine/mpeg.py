@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 
 # kbit/s by bitrate index for MPEG-1 and by layer, then for MPEG-2 and 2.5; index 0 leaves the length open ("free")
 _BITRATES = {
@@ -27,20 +28,22 @@ _SAMPLE_RATES = (44_100, 48_000, 32_000)  # of MPEG-1
 _RATE_DIVISORS = {3: 1, 2: 2, 0: 4}  # by version bits: MPEG-1, 2, 2.5
 _HAS_FRAMES, _HAS_BYTES = 1, 2  # flags of an Info header
 _CANDIDATE = re.compile(rb"\xff[\xe2-\xff][\x10-\xef]", re.DOTALL)  # what may be a header, but for some of its bits
-_LARGEST_FREE = 1 << 13  # bytes of a frame of free bit rate
-_SURE = 3  # frames of another kind in a row that are no accident
+_SMALLEST_FREE, _LARGEST_FREE = 24, 1 << 13  # bytes of a frame of free bit rate
+_MOST_MARKS = 64  # headers looked at for its end
+_SURE = 3  # frames of another kind in a row that are no accident within MPEG audio
+_MANY = 12  # frames that are none where nothing else says that it is MPEG audio: tables of numbers may hold fewer
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What one frame header says. `n_bytes` counts the header too; `info_at` is where a length header would begin."""
+    """What one frame header says. `n_bytes` counts the header too; `n_side` is of the side information behind it."""
 
     layer: int
     n_bytes: int
     n_samples: int
     sample_rate: int
     n_channels: int
-    info_at: int
+    n_side: int
 
     @property
     def kind(self) -> tuple[int, int, int, int]:
@@ -129,13 +132,13 @@ def looks_like_mpeg(data: bytes, start: int, whole: bool) -> bool:
     begin = streams[0].spans[0].start
     if begin == start or streams[0].info:
         return n_frames >= 2 or whole
-    return n_frames >= _SURE and n_bytes >= (len(data) - begin) // 2
+    return n_frames >= _MANY and n_bytes >= (len(data) - begin) * 3 // 4
 
 
 @cache  # at most 2 ** 15 different keys: the sync bits are always set
 def _parse(top: int) -> Frame | None:
     """The frame that the upper 26 bits of a header describe; None where it is none or states no length."""
-    version, layer_bits, has_crc = top >> 13 & 3, top >> 11 & 3, not top >> 10 & 1
+    version, layer_bits = top >> 13 & 3, top >> 11 & 3
     bitrate, rate, padding, mono = top >> 6 & 15, top >> 4 & 3, top >> 3 & 1, top & 3 == 3
     if layer_bits == 0 or version == 1 or rate == 3 or bitrate == 15:
         return None
@@ -146,7 +149,7 @@ def _parse(top: int) -> Frame | None:
     kbits = _BITRATES[first_version, layer][bitrate]
     n_bytes = (n_samples // 8 // slot * kbits * 1000 // sample_rate + padding) * slot if kbits else 0
     side_info = (17 if mono else 32) if first_version else (9 if mono else 17)
-    return Frame(layer, n_bytes, n_samples, sample_rate, 1 if mono else 2, 4 + 2 * has_crc + side_info)
+    return Frame(layer, n_bytes, n_samples, sample_rate, 1 if mono else 2, side_info)
 
 
 def _parse_free(header: bytes) -> Frame | None:
@@ -165,24 +168,27 @@ def _free_frame(data: bytes, pos: int, n_bytes: int = 0) -> Frame | None:
     """The frame of free bit rate at `pos`, of a length that is known without its padding, or found by the next two."""
     header = data[pos : pos + 4]
     frame = _parse_free(header) if len(header) == 4 else None
-    if frame is None:
-        return None
-    slot = 4 if frame.layer == 1 else 1
-    padding = slot * (header[2] >> 1 & 1)
-    same = lambda at: _parse_free(data[at : at + 4]) == frame if len(data) - at >= 4 else at == len(data)  # noqa: E731
-    if not n_bytes:
-        lengths = (m.start() for m in re.finditer(re.escape(header[:2]), data[pos + 24 : pos + _LARGEST_FREE]))
-        for length in (24 + n for n, _ in zip(lengths, range(64), strict=False)):
-            follower = data[pos + length : pos + length + 4]
-            n_bytes = length - padding
-            if _parse_free(follower) == frame and same(pos + length + n_bytes + slot * (follower[2] >> 1 & 1)):
-                break
-        else:
-            return None
-    return Frame(frame.layer, n_bytes + padding, *(getattr(frame, name) for name in _AFTER_LENGTH))
+    n_bytes = n_bytes or (_free_length(data, pos, frame) if frame else 0)
+    return replace(frame, n_bytes=n_bytes + _free_padding(frame, header)) if frame and n_bytes else None
 
 
-_AFTER_LENGTH = ("n_samples", "sample_rate", "n_channels", "info_at")
+def _free_padding(frame: Frame, header: bytes) -> int:
+    return (4 if frame.layer == 1 else 1) * (header[2] >> 1 & 1)
+
+
+def _free_length(data: bytes, pos: int, frame: Frame) -> int:
+    """Bytes without padding after which another frame of the kind begins, and then a third or the end; 0 if none."""
+    padding = _free_padding(frame, data[pos : pos + 4])
+    marks = re.finditer(re.escape(data[pos : pos + 2]), data[pos + _SMALLEST_FREE : pos + _LARGEST_FREE])
+    for mark in islice(marks, _MOST_MARKS):
+        second = pos + _SMALLEST_FREE + mark.start()
+        header = data[second : second + 4]
+        n_bytes = second - pos - padding
+        if len(header) == 4 and _parse_free(header) == frame:
+            third = second + n_bytes + _free_padding(frame, header)
+            if third == len(data) or (len(data) - third >= 4 and _parse_free(data[third : third + 4]) == frame):
+                return n_bytes
+    return 0
 
 
 def _walk(data: bytes, pos: int) -> Iterator[tuple[int, Frame]]:
@@ -190,7 +196,7 @@ def _walk(data: bytes, pos: int) -> Iterator[tuple[int, Frame]]:
     kind, n_free = None, 0
     free = _free_frame(data, pos)
     if free:
-        kind, n_free = free.kind, free.n_bytes - (4 if free.layer == 1 else 1) * (data[pos + 2] >> 1 & 1)
+        kind, n_free = free.kind, free.n_bytes - _free_padding(free, data[pos : pos + 4])
     while True:
         frame = _free_frame(data, pos, n_free) if n_free else _frame_at(data, pos)
         if frame is None or frame.kind != kind:
@@ -229,24 +235,32 @@ def _stated_frames(data: bytes, pos: int, frame: Frame) -> int | None:
     """The number of frames that a length header states, 0 where it leaves it out; None where `frame` holds audio."""
     if frame.layer != 3:
         return None
-    if data.startswith((b"Xing", b"Info"), pos + frame.info_at) and len(data) >= pos + frame.info_at + 12:
-        flags, n_frames = struct.unpack_from(">II", data, pos + frame.info_at + 4)
+    at = _info_at(data, pos, frame)
+    if at is not None:
+        flags, n_frames = struct.unpack_from(">II", data, at + 4)
         return n_frames if flags & _HAS_FRAMES else 0
     if data.startswith(b"VBRI", pos + 36) and len(data) >= pos + 36 + 18:
         return struct.unpack_from(">I", data, pos + 36 + 14)[0]
     return None
 
 
+def _info_at(data: bytes, pos: int, frame: Frame) -> int | None:
+    """Where the length header of a frame begins: behind its side information. Few programs count the checksum."""
+    for at in (pos + 4 + frame.n_side, pos + 6 + frame.n_side):
+        if data.startswith((b"Xing", b"Info"), at) and len(data) >= at + 16:
+            return at
+    return None
+
+
 def _info_frame(info: bytes, n_frames: int, n_bytes: int) -> bytes:
     """A file's own Info frame, which also says what to trim at the ends, with true numbers."""
     template = bytearray(info)
-    at = _frame_at(template, 0).info_at
+    at = _info_at(info, 0, _frame_at(info, 0))
     struct.pack_into(">II", template, at + 8, n_frames, n_bytes + len(template))
     return bytes(template)
 
 
 def _states_both(info: bytes) -> bool:
     frame = _frame_at(info, 0)
-    at = frame.info_at if frame else 0
-    has_header = at + 16 < len(info) and info.startswith((b"Xing", b"Info"), at)
-    return has_header and info[at + 7] & 3 == _HAS_FRAMES | _HAS_BYTES
+    at = _info_at(info, 0, frame) if frame else None
+    return at is not None and info[at + 7] & 3 == _HAS_FRAMES | _HAS_BYTES

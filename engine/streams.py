@@ -7,11 +7,12 @@ whole. Layout of Ogg pages: RFC 3533; of FLAC: RFC 9639.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from .audio_bytes import AudioBytes, AudioError, Span
+from .audio_bytes import AudioBytes, AudioError, SpanFile
 from .codec import Complaints, coded_part, hushed, open_sound, sound_blocks
 from .mpeg import Stream, frame_mpeg, looks_like_mpeg
 from .recording import RESCUE, Blocks, Part
@@ -22,7 +23,7 @@ log = logging.getLogger("auricle.audio")
 TOLERANCE = 0.1  # seconds that may be missing: encoders count a frame more or less
 _SAMPLED = 1 << 20  # bytes by which MPEG audio is recognised
 _MPEG_RATE = 100_000  # bytes a second at most
-_MPEG_MARK = "libmpg123"
+_MPEG_MARK = re.compile(r"libmpg123|^(?:Note|Warning|Error): ")  # what its decoder writes to stderr
 _FLAC_STARTS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 _OGG_HEADER = 27
 _OGG_FIRST, _OGG_LAST = 2, 4  # flags of the first and the last page of a recording
@@ -40,7 +41,7 @@ def flac_parts(data: AudioBytes, at: int) -> list[Part]:
     part = coded_part(data, at + 42, stop, open_length, stop)
 
     def blocks() -> Blocks:
-        return sound_blocks(data.name, lambda: Span(data, at + 42, stop, open_length), part.rate, n_stated or None)
+        return sound_blocks(data.name, lambda: SpanFile(data, at + 42, stop, open_length), part.rate, n_stated or None)
 
     return [replace(part, blocks=blocks, n_frames=n_stated or None)]
 
@@ -179,7 +180,7 @@ def _n_foreign(data: AudioBytes, content: bytes, gap: slice) -> int:
     return 0 if is_text(rest) else len(rest)
 
 
-class _Claiming(Span):
+class _Claiming(SpanFile):
     """A file that the MPEG decoder takes for longer than it is.
 
     Without a length header it guesses from the size and the first frame, and hears no more. Where it looks for a tag,

@@ -213,4 +213,4 @@ def test_the_program_reads_stdin_no_further_than_it_can_hear(silence):
     command = [sys.executable, "-m", "auricle.tools", "transcribe", "-", "-m", str(DEMO), "--ctx", "256"]
     done = subprocess.run(command, input=silence, capture_output=True, timeout=120, check=False)
     assert done.returncode == 5, done.stderr
-    assert b"file object: is longer than the limit of" in done.stderr
+    assert b"<stdin>: is longer than the limit of" in done.stderr

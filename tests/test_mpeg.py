@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import struct
 import threading
 
@@ -104,6 +105,17 @@ def test_a_length_header_that_lies(warnings):
         load_audio(data[:at] + struct.pack(">I", 10_000) + data[at + 4 :])
 
 
+def test_a_length_header_of_a_frame_with_a_checksum(capfd):
+    """LAME protects the frame and leaves no room for the checksum before the header."""
+    data = bytearray(encode(synthetic(3.0, 44_100), 44_100, "mp3"))
+    data[1] &= 0xFE
+    frame = frame_mpeg(bytes(data))[0]
+    assert (frame.n_promised, frame.states_length) == (frame.n_frames, True)
+    assert frame_mpeg(bytes(data) * 2)[0].n_promised == 2 * frame.n_frames
+    assert len(load_audio(bytes(data) * 2)) > 5.9 * SAMPLE_RATE
+    assert capfd.readouterr().err == ""
+
+
 def test_noise_with_sync_words_is_no_mpeg():
     noise = bytearray(np.random.default_rng(2).bytes(200_000))
     for at in range(0, len(noise), 997):
@@ -123,7 +135,7 @@ def test_damage_is_told_in_the_log_and_not_by_the_decoder(warnings, capfd):
 
 def test_what_others_write_to_stderr_meanwhile_arrives(capfd):
     complaints = Complaints()
-    with hushed(complaints, "libmpg123"):
+    with hushed(complaints, re.compile("libmpg123")):
         os.write(2, b"[src/libmpg123/layer3.c] error: big_values\nauricle: a line\n")
         writer = threading.Thread(target=os.write, args=(2, b"another\n"))
         writer.start()
@@ -131,3 +143,11 @@ def test_what_others_write_to_stderr_meanwhile_arrives(capfd):
     assert capfd.readouterr().err == "auricle: a line\nanother\n"
     assert complaints.lines == ["[src/libmpg123/layer3.c] error: big_values\n"]
     assert len(load_audio(io.BytesIO(vbr()))) > 0
+
+
+def test_a_table_of_numbers_is_no_mpeg():
+    """Its rows are as long as frames of layer I, and some begin with set bits."""
+    row = silent_mpeg(1, [1])
+    for n_rows in (2, 5, 11):
+        with pytest.raises(AudioError, match="unknown kind"):
+            load_audio(b"TZif2" + bytes(39) + row * n_rows)

@@ -75,7 +75,8 @@ def _reason(report: str) -> str:
     if raised:
         places = re.findall(r'File "([^"]+)", line (\d+)', report)
         return f"{lines[raised[0] + 1]} at {':'.join(places[-1]) if places else '?'}"
-    return next((line for line in lines if "ERROR:" in line), f"died: {lines[-1] if lines else 'without a word'}")
+    said = (re.sub(r"^==\d+== |\(.*", "", line) for line in lines if "ERROR:" in line)
+    return next(said, f"died: {lines[-1] if lines else 'without a word'}")
 
 
 def _work(target: str, libfuzzer: list[str]) -> int:
