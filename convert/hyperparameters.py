@@ -61,7 +61,7 @@ def read_hyperparameters(checkpoint: Checkpoint) -> Hyperparameters:
     assumed = tuple(
         f"{CONFIG} lacks {row.paths[0]}: {row.default} is assumed, as in the official code"
         for row in names.KEYS
-        if row.default is not None and all(look_up(config, path) is None for path in row.paths)
+        if row.default is not None and all(config.look_up(path) is None for path in row.paths)
     )
     return Hyperparameters(values, taps, frozenset(flags), assumed)
 
