@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ from auricle.engine.rewrite import (
     widen_linears,
 )
 from auricle.kernels.formats import F32
-from auricle.tools.synth import plan_synth
+from auricle.tools.synth import PlannedFile
 from op_cases import make_weight
 from support import ROOT
 
@@ -201,7 +200,7 @@ def test_convolutions_become_one_op_as_far_as_nobody_looks_between_them(capture:
 
 def test_no_library_takes_memory_beside_the_plan(card: Backend) -> None:
     """A long clip's stem lies in the arena, and in half of what float32 between its ops would take."""
-    file = synthetic("moss-audio-4b", "q4_k_all")
+    file = PlannedFile("moss-audio-4b", "q4_k_all")
     request = Request((60_000,), n_prompt=8000, n_distinct=150, n_new=256)
     memory = plan_request(file, read_moss_audio(file), card, KV_FORMATS["f16"], request)
     assert memory.libraries == 0
@@ -209,13 +208,6 @@ def test_no_library_takes_memory_beside_the_plan(card: Backend) -> None:
 
 
 # The plan, from sizes alone: nothing is launched, so the stand-in serves here, too.
-
-
-def synthetic(shape: str, recipe: str) -> SimpleNamespace:
-    """A model file that is not there: sizes and keys."""
-    plan = plan_synth(shape, recipe)
-    keys = {key: typed.value for key, typed in plan.metadata.items()}
-    return SimpleNamespace(path=shape, tensors=plan.layout.tensors, metadata=keys, require=lambda key, kind: keys[key])
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +240,7 @@ def test_work_is_cut_by_the_size_of_the_card(gib: int, processors: int, windows:
 
 
 def test_the_small_recipe_fits_a_small_card(card: Backend) -> None:
-    file = synthetic("moss-audio-4b", "q4_k_all")
+    file = PlannedFile("moss-audio-4b", "q4_k_all")
     request = Request((1100,), n_prompt=200, n_distinct=150, n_new=256)
     memory = plan_request(file, read_moss_audio(file), card, KV_FORMATS["f16"], request)
     assert memory.total < 3.6 * 2**30
@@ -258,7 +250,7 @@ def test_the_small_recipe_fits_a_small_card(card: Backend) -> None:
 
 
 def test_a_budget_is_kept_in_the_promised_order(card: Backend) -> None:
-    file = synthetic("tiny", "q8_0")
+    file = PlannedFile("tiny", "q8_0")
     config, formats = read_moss_audio(file), [KV_FORMATS["f16"], KV_FORMATS["q8_0"]]
     request = Request((3000,) * 4, n_prompt=1700, n_distinct=150, n_new=300)
 

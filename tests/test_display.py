@@ -89,12 +89,13 @@ def test_no_markup_in_tables(name: str) -> None:
 
 def test_logs_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("auricle")
-    before, level = log.handlers[:], log.level
+    before = log.handlers[:], log.level, log.propagate
     try:
+        log.propagate = False  # what pytest keeps of a log must be Unicode
         tell_on_stderr()
         log.warning("of %s", HOSTILE)
     finally:
-        log.handlers[:], log.level = before, level
+        log.handlers[:], log.level, log.propagate = before
     say(HOSTILE)
     assert capsys.readouterr().err == f"auricle: of {SHOWN}\n{SHOWN}\n"
     print_json({"a": HOSTILE, "b": "é"})

@@ -23,6 +23,7 @@ from ..convert.names.table import evaluate_shape, expand
 from ..convert.plan import describe_types
 from ..convert.recipes import choose_formats, find_recipe
 from ..convert.vocabulary import Vocabulary
+from ..engine.fields import Fields
 from ..engine.gguf import Typed, boolean, string, u32
 from ..engine.gguf_write import GGUFWriter, Layout, plan_layout
 from ..engine.mel import hann_window, mel_filters
@@ -121,6 +122,17 @@ class SynthPlan:
         for name, info in self.layout.tensors.items():
             totals[part_of(name)] += info.nbytes
         return totals
+
+
+class PlannedFile(Fields):
+    """What is asked of a model file but its weights, of one that has not been written. Raises SynthError as
+    `plan_synth` does."""
+
+    def __init__(self, shape_name: str, type_name: str) -> None:
+        plan = plan_synth(shape_name, type_name)
+        self.path, self.tensors = shape_name, plan.layout.tensors
+        self.metadata = {key: typed.value for key, typed in plan.metadata.items()}
+        super().__init__(self.metadata, shape_name, SynthError, "it is a made-up file")
 
 
 def plan_synth(shape_name: str, type_name: str, seed: int = 0) -> SynthPlan:

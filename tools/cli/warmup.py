@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -102,19 +101,10 @@ def warm_card(backend: Backend, model: Path | None, kv_type: str | None) -> None
 def models(model: Path | None) -> Iterator[tuple[str, Any]]:
     """What a card is made ready for: a name, and a context that gives the file."""
     from ...engine.gguf import open_gguf
+    from ..synth import PlannedFile
 
     if model is not None:
         yield model.name, open_gguf(model)
         return
     for shape, recipe in USUAL:
-        yield f"{shape} {recipe}", planned_file(shape, recipe)
-
-
-@contextmanager
-def planned_file(shape: str, recipe: str) -> Iterator[SimpleNamespace]:
-    """What is asked of a model file but its weights, where there is none."""
-    from ..synth import plan_synth
-
-    plan = plan_synth(shape, recipe)
-    keys = {key: typed.value for key, typed in plan.metadata.items()}
-    yield SimpleNamespace(path=shape, tensors=plan.layout.tensors, metadata=keys, require=lambda key, kind: keys[key])
+        yield f"{shape} {recipe}", nullcontext(PlannedFile(shape, recipe))
