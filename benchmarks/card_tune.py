@@ -158,6 +158,7 @@ def time_task(gpu: Gpu, work: Path, entries: list[Entry], task: Task) -> dict[st
     entries.append(Entry(task.kernel, task.type_name, n, *sizes, found, 1e6 * times[found][0]))
     facts = gpu.describe()
     table = format_table(entries, {"machine": facts, "versions": facts["versions"]})
+    (work / "tuned").mkdir(exist_ok=True)
     write_text(work / "tuned" / table_name(gpu), table)
     return {"times": listed, "kept": asdict(found)}
 

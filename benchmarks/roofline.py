@@ -46,7 +46,7 @@ from auricle.engine.ops import OPS
 from auricle.engine.outputs import write_text
 from auricle.engine.runtime import row_stages
 from auricle.kernels.formats import Format
-from auricle.tools.synth import SynthPlan, plan_synth
+from auricle.tools.synth import PlannedFile
 
 RECIPES = ("q4_k", "q4_k_all", "f16")
 CONTEXTS = (200, 8192)  # tokens before a decode step
@@ -93,18 +93,6 @@ class Launch:
         """The floor of all `count` of them."""
         each = max((self.weight_bytes + self.cache_bytes) / card.bytes_per_s, self.flops / card.flops_per_s)
         return self.count * each
-
-
-class PlannedFile:
-    """A model file that is planned and not written, as the engine reads one."""
-
-    def __init__(self, plan: SynthPlan) -> None:
-        self.path = "planned.gguf"
-        self.metadata = {key: typed.value for key, typed in plan.metadata.items()}
-        self.tensors: Mapping[str, TensorInfo] = plan.layout.tensors
-
-    def require(self, key: str, kind: type) -> Any:
-        return kind(self.metadata[key])
 
 
 # Work.
@@ -204,7 +192,7 @@ def name_launch(names: Sequence[str]) -> str:
 
 def measure_shape(shape: str, recipe: str, kv_format: Format) -> list[dict[str, Any]]:
     """All phases of a model file; plain data."""
-    file = PlannedFile(plan_synth(SHAPES[shape], recipe))
+    file = PlannedFile(SHAPES[shape], recipe)
     rows = []
     for phase, graph, n_slots in phases(read_moss_audio(file)):
         launches = list_launches(graph, file.tensors, kv_format, n_slots)

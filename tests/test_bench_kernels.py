@@ -14,7 +14,7 @@ import pytest
 from auricle.engine.models.moss_audio import decoder_graph, encoder_graph
 from auricle.kernels.formats import Q4_K
 from auricle.kernels.gpu.tune import Config
-from auricle.tools.synth import plan_synth
+from auricle.tools.synth import PlannedFile
 from support import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -81,7 +81,7 @@ def test_a_red_case_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", ["4b", "8b"])
 def test_all_matrices_of_a_model_are_there(shape: str) -> None:
     """Against the graphs: the shapes of the decoder's matrices, and of the encoder's layers."""
-    config = roofline.read_moss_audio(roofline.PlannedFile(plan_synth(kernel_times.SHAPES[shape], "q4_k")))
+    config = roofline.read_moss_audio(PlannedFile(kernel_times.SHAPES[shape], "q4_k"))
     decoder = decoder_graph(config, 1, 1, head="all", with_audio=False).leaves_of("weight")
     encoder = encoder_graph(config, 1, 400, 50).leaves_of("weight")
     wanted = {v.shape for v in decoder if len(v.shape) == 2 and "embed" not in v.name}

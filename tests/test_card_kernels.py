@@ -20,11 +20,11 @@ sys.path.append(str(ROOT / "tests"))
 
 import card_kernels
 import card_tune
-from roofline import PlannedFile, read_moss_audio
+from roofline import read_moss_audio
 
 from auricle.engine.models.moss_audio import decoder_graph, encoder_graph
 from auricle.kernels.gpu.tune import Config, load_table
-from auricle.tools.synth import plan_synth
+from auricle.tools.synth import PlannedFile
 
 IN_THE_INTERPRETER = f"""
 import json, sys
@@ -72,7 +72,7 @@ def test_a_product_is_compared() -> None:
 
 
 def test_all_matrices_of_the_model_are_there() -> None:
-    config = read_moss_audio(PlannedFile(plan_synth("moss-audio-4b", "q4_k")))
+    config = read_moss_audio(PlannedFile("moss-audio-4b", "q4_k"))
     decoder = decoder_graph(config, 1, 1, head="all", with_audio=False).leaves_of("weight")
     encoder = encoder_graph(config, 1, 400, 50).leaves_of("weight")
     wanted = {v.shape for v in decoder if len(v.shape) == 2 and "embed" not in v.name}

@@ -185,6 +185,7 @@ def test_a_healthy_machine_passes(machine: pytest.MonkeyPatch) -> None:
 
 def card_of(machine: pytest.MonkeyPatch) -> cuda_device.Card:
     machine.setattr(torch.cuda, "get_device_name", lambda *_: "Made-Up 9")
+    machine.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=1))
     return cuda_device.Card()
 
 

@@ -182,6 +182,13 @@ KNOWN = {
     "kernels/gpu/static.py",  # a scratch file for a tool
     "tools/sample.py",  # a whole folder takes its place at once
     "benchmarks/turns.py",  # a log
+    "benchmarks/card.py",  # runs where nothing can be imported of the project, and has the same way of its own
+    "benchmarks/card_report.py",  # likewise
+    "benchmarks/card_cases.py",  # marks in a folder of the run
+    "benchmarks/card_tune.py",  # likewise
+    "benchmarks/card_pack.py",  # a folder to take along, made anew
+    "benchmarks/fuzz/run.py",  # scratch files
+    "benchmarks/fuzz/targets_files.py",  # likewise
 }
 METHODS = {"write_text", "write_bytes", "save_file", "savefig", "tofile"}
 SYSTEM = {f"{m}.{f}" for m in ("os", "shutil") for f in ("copy", "copy2", "copyfile", "move", "rename", "replace")} | {

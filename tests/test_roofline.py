@@ -34,7 +34,7 @@ MATRIX_WEIGHTS = N_LAYER * D_MODEL * (2 * N_HEAD * D_HEAD + 2 * N_KV_HEAD * D_HE
 def plans() -> Iterator[None]:
     """Files are planned once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "plan_synth", plan_synth)
+        patch.setattr(synth, "plan_synth", plan_synth)
         yield
 
 

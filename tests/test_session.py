@@ -249,7 +249,9 @@ def test_an_answer_may_be_longer_the_longer_the_audio(model: Model, seconds: flo
 def test_the_limit_is_what_a_stream_and_a_plan_take(path: Path) -> None:
     with load(path) as model:
         asked = []
-        model.runtime.prefill = lambda prompt, rows, n_new: asked.append(n_new) or np.eye(1, 1024, 0, np.float32)[0]
+        model.runtime.prefill = lambda prompt, rows, n_new, kind: (
+            asked.append(n_new) or np.eye(1, 1024, 0, np.float32)[0]
+        )
         next(model.stream(audio=JFK), None)
         assert asked == [1024 + 110]
         plans = [model.plan([11.0], max_new_tokens=n).kv_cache for n in (None, 1134, 1135)]

@@ -6,64 +6,48 @@ can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import triton
 
 from ..formats import Format
-from .activations import COLS, padded_cols, prepare_few, record_words
+from .few import (
+    FLOAT,
+    TOGETHER,
+    Best,
+    Norm,
+    Picker,
+    cut_few,
+    cut_of,
+    few_bytes,
+    norm_operands,
+    prepare_tokens,
+    start_gated,
+    start_matvec,
+    start_three,
+)
 from .launch import launch
 from .matmul import matmul, prepare
-from .matvec import matvec, matvec_gated, matvec_three
 from .tiles import TILES
-from .tune import FEW, PASS, Config, ahead_of, lanes_of, pick
-from .units import Unit
+from .tune import FEW, Config, pick
 from .weights import DeviceWeight
 
-TOGETHER = 3  # weights that the mat-vec takes in one launch
 WARP = 32  # threads
-CHUNK = 16  # records that a program prepares where there is no norm
-HALF, FLOAT = 2, 4  # bytes
+HALF = 2  # bytes
 ALIGN = 16  # bytes
-
-Picker = Callable[[str, str, int, int, int], Config]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """What is done to each token before a product: "rms" (`weight`) or "layer" (`weight`, `bias`), float32 [n_cols]."""
-
-    kind: str
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    eps: float
-
-    def __post_init__(self) -> None:
-        assert (self.kind, self.bias is None) in (("rms", True), ("layer", False)), f"{self.kind=} {self.bias=}"
-
-
-@dataclass(frozen=True)
-class Best:
-    """Where the mat-vec leaves the largest output of each program, for a token: `values` float32 and `indices` int32,
-    both [n_programs, n_tokens], of which the first `best_programs` rows are written. Of equal outputs the first counts,
-    within a program as over programs, whose rows follow each other."""
-
-    values: torch.Tensor
-    indices: torch.Tensor
 
 
 def scratch_bytes(n_tokens: int, n_cols: int) -> int:
     """Scratch that `linear` and `gated_linear` need: the prepared tokens, whatever the types of the weights."""
     if n_tokens <= FEW:
-        return _tokens_of(n_tokens) * (record_words(n_cols) + padded_cols(n_cols)) * FLOAT
+        return few_bytes(n_tokens, n_cols)
     return _align(n_tokens * pitch_of(n_cols) * HALF) + _align(n_tokens * FLOAT)
 
 
 def best_programs(weight: DeviceWeight, n_tokens: int, pick: Picker = pick) -> int:
     """Rows of `Best` that a product with `weight` writes."""
-    return triton.cdiv(weight.n_rows, _cut_few(pick, (weight,), n_tokens).rows)
+    return triton.cdiv(weight.n_rows, cut_few(pick, (weight,), n_tokens).rows)
 
 
 def linear(
@@ -96,13 +80,13 @@ def linear(
         for weight, bias, out in zip(weights, biases, outs, strict=True):
             _matmul(halves, factors, n_tokens, weight, None, bias, residual, out, epilogue, pick)
         return
-    tokens = _prepare_few(x, norm, weights, scratch, exact)
+    tokens = prepare_tokens(x, norm, weights, scratch, exact)
     for first in range(0, len(weights), TOGETHER):
         part = slice(first, first + TOGETHER)
         if len(weights[part]) == 1:
-            _matvec(tokens, weights[first], biases[first], outs[first], residual, epilogue, best, pick)
+            start_matvec(tokens, weights[first], biases[first], outs[first], residual, epilogue, best, pick)
         else:
-            _matvec_three(tokens, weights[part], biases[part], outs[part], pick)
+            start_three(tokens, weights[part], biases[part], outs[part], pick)
 
 
 def gated_linear(
@@ -117,195 +101,14 @@ def gated_linear(
     pick: Picker = pick,
 ) -> None:
     """out [n_tokens, n_rows] = silu(x gate^T) * (x up^T), after `norm` of x; see `linear`."""
-    n_tokens, n_cols = _check(x, (gate, up))
+    n_tokens, _ = _check(x, (gate, up))
     assert gate.n_rows == up.n_rows, f"{gate.n_rows=} {up.n_rows=}"
     if n_tokens > FEW:
         halves, factors = _prepare(x, norm, scratch)
         _matmul(halves, factors, n_tokens, gate, up, None, None, out, "none", pick)
         return
-    tokens = _prepare_few(x, norm, (gate, up), scratch, exact)
-    cut = _cut_few(pick, (gate, up), n_tokens)
-    operands = [tokens.operand(w, cut) for w in (gate, up)]
-    launch(
-        matvec_gated,
-        (tokens.passes * triton.cdiv(gate.n_rows, cut.rows),),
-        *(o.x for o in operands),
-        gate.words,
-        up.words,
-        out,
-        gate.n_rows,
-        n_tokens,
-        *(f for w in (gate, up) for f in (w.kind.load, w.kind.decode)),
-        *(o.unit for o in operands),
-        n_cols,
-        *(o.pitch for o in operands),
-        tokens.passes,
-        tokens.at_once,
-        cut.rows,
-        *(o.lanes for o in operands),
-        *(o.ahead for o in operands),
-        num_warps=cut.warps,
-        num_stages=1,
-    )
-
-
-@dataclass(frozen=True)
-class Operand:
-    """Prepared tokens as one weight meets them: `pitch` words from one to the next; and how its rows are shared out."""
-
-    x: torch.Tensor
-    unit: Unit
-    pitch: int
-    lanes: int
-    ahead: int
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Up to 16 tokens prepared for the mat-vec, `at_once` in a pass: `records` int32 and `floats` float32, of which
-    only what the weights need is filled. `n` tokens are real, the rest repeat the last."""
-
-    n: int
-    n_cols: int
-    records: torch.Tensor
-    floats: torch.Tensor
-    exact: bool
-
-    @property
-    def at_once(self) -> int:
-        return min(PASS, _tokens_of(self.n))
-
-    @property
-    def passes(self) -> int:
-        return triton.cdiv(self.n, PASS)
-
-    def operand(self, weight: DeviceWeight, cut: Config) -> Operand:
-        unit = weight.kind.matrix(weight.n_cols, self.exact)
-        x, pitch = (
-            (self.records, record_words(self.n_cols)) if unit.rounded else (self.floats, padded_cols(self.n_cols))
-        )
-        lanes = lanes_of(cut, unit.weights)
-        return Operand(x, unit, pitch, lanes, ahead_of(cut, unit.weights, self.n_cols))
-
-
-def _tokens_of(n_tokens: int) -> int:
-    """Tokens that are prepared: a power of two, so that a kernel is compiled for few numbers of them."""
-    return triton.next_power_of_2(n_tokens)
-
-
-def _prepare_few(
-    x: torch.Tensor, norm: Norm | None, weights: Sequence[DeviceWeight], scratch: torch.Tensor, exact: bool
-) -> Tokens:
-    """The tokens in the forms that the weights need, in the scratch."""
-    n_tokens, n_cols = x.shape
-    needed, n_records, padded = scratch_bytes(n_tokens, n_cols), record_words(n_cols), padded_cols(n_cols)
-    assert scratch.numel() >= needed, f"{scratch.numel()=} {needed=}"
-    n_prepared = _tokens_of(n_tokens)
-    records = scratch[: n_prepared * n_records * FLOAT].view(torch.int32)
-    floats = scratch[n_prepared * n_records * FLOAT : needed].view(torch.float32)
-    rounded = {w.kind.unit.coded and not exact for w in weights}
-    chunk = triton.next_power_of_2(padded // COLS.value) if norm else CHUNK
-    launch(
-        prepare_few,
-        (n_prepared, triton.cdiv(padded // COLS.value, chunk)),
-        x,
-        *_norm(norm),
-        records if True in rounded else None,
-        floats if False in rounded else None,
-        n_tokens,
-        N_COLS=n_cols,
-        PADDED=padded,
-        NORM=norm.kind if norm else "none",
-        CHUNK=chunk,
-        num_warps=8 if norm else 4,
-    )
-    return Tokens(n_tokens, n_cols, records, floats, exact)
-
-
-def _matvec(
-    tokens: Tokens,
-    weight: DeviceWeight,
-    bias: torch.Tensor | None,
-    out: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    epilogue: str,
-    best: Best | None,
-    pick: Picker,
-) -> None:
-    cut = _cut_few(pick, (weight,), tokens.n)
-    o = tokens.operand(weight, cut)
-    launch(
-        matvec,
-        (tokens.passes * triton.cdiv(weight.n_rows, cut.rows),),
-        o.x,
-        weight.words,
-        bias,
-        residual,
-        out,
-        best.values if best else None,
-        best.indices if best else None,
-        weight.n_rows,
-        tokens.n,
-        weight.kind.load,
-        weight.kind.decode,
-        o.unit,
-        N_COLS=weight.n_cols,
-        PITCH=o.pitch,
-        GELU=epilogue == "gelu",
-        PASSES=tokens.passes,
-        TOKENS=tokens.at_once,
-        ROWS=cut.rows,
-        LANES=o.lanes,
-        AHEAD=o.ahead,
-        num_warps=cut.warps,
-        num_stages=1,
-    )
-
-
-def _matvec_three(
-    tokens: Tokens,
-    weights: Sequence[DeviceWeight],
-    biases: Sequence[torch.Tensor | None],
-    outs: Sequence[torch.Tensor | None],
-    pick: Picker,
-) -> None:
-    """Two or three weights."""
-    cut = _cut_few(pick, weights, tokens.n)
-    absent = [None] * (TOGETHER - len(weights))
-    rows = [w.n_rows for w in weights]
-    operands = [tokens.operand(w, cut) for w in weights]
-    launch(
-        matvec_three,
-        (tokens.passes * sum(triton.cdiv(n, cut.rows) for n in rows),),
-        *(o.x for o in operands),
-        *absent,
-        *(w.words for w in weights),
-        *absent,
-        *biases,
-        *absent,
-        *outs,
-        *absent,
-        *rows,
-        *absent,
-        tokens.n,
-        *(f for w in weights for f in (w.kind.load, w.kind.decode)),
-        *absent,
-        *absent,
-        *(o.unit for o in operands),
-        *absent,
-        tokens.n_cols,
-        *(o.pitch for o in operands),
-        *absent,
-        tokens.passes,
-        tokens.at_once,
-        cut.rows,
-        *(o.lanes for o in operands),
-        *absent,
-        *(o.ahead for o in operands),
-        *absent,
-        num_warps=cut.warps,
-        num_stages=1,
-    )
+    tokens = prepare_tokens(x, norm, (gate, up), scratch, exact)
+    start_gated(tokens, gate, up, out, pick)
 
 
 def _prepare(x: torch.Tensor, norm: Norm | None, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,7 +124,7 @@ def _prepare(x: torch.Tensor, norm: Norm | None, scratch: torch.Tensor) -> tuple
         prepare,
         (n_tokens,),
         x,
-        *_norm(norm),
+        *norm_operands(norm),
         halves,
         factors,
         N_COLS=n_cols,
@@ -345,7 +148,7 @@ def _matmul(
     epilogue: str,
     pick: Picker,
 ) -> None:
-    cut = _cut(pick, "matmul_gated" if up else "matmul", weight, n_tokens)
+    cut = cut_of(pick, "matmul_gated" if up else "matmul", weight, n_tokens)
     launch(
         matmul,
         (triton.cdiv(weight.n_rows, cut.rows) * triton.cdiv(n_tokens, cut.tokens),),
@@ -374,22 +177,9 @@ def _matmul(
     )
 
 
-def _cut(pick: Picker, kernel: str, weight: DeviceWeight, n_tokens: int) -> Config:
-    return pick(kernel, weight.format.name, n_tokens, weight.n_rows, weight.n_cols)
-
-
-def _cut_few(pick: Picker, weights: Sequence[DeviceWeight], n_tokens: int) -> Config:
-    """The cut of the weight with the fewest lanes, whose rows are enough for the threads of the others too."""
-    return _cut(pick, "matvec", max(weights, key=lambda w: w.kind.unit.weights), n_tokens)
-
-
 def pieces_of(fmt: Format, cut: Config) -> int:
     """Pieces of a row that a mat-mat takes at once; a power of two."""
     return max(1, cut.cols // TILES[fmt].shape.weights)
-
-
-def _norm(norm: Norm | None) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
-    return (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
 
 
 def _check(x: torch.Tensor, weights: Sequence[DeviceWeight]) -> tuple[int, int]:

@@ -10,12 +10,13 @@ from typing import Any
 from ..formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Format
 from . import tune
 from .activations import COLS, padded_cols, prepare_few, record_words
-from .linear import CHUNK, Picker, ahead_of, lanes_of, pieces_of, pitch_of
+from .few import CHUNK, Picker
+from .linear import pieces_of, pitch_of
 from .matmul import matmul, prepare
 from .matvec import matvec, matvec_gated, matvec_three
 from .static import Case
 from .tiles import TILES
-from .tune import PASS, WARP, Config
+from .tune import PASS, WARP, Config, ahead_of, lanes_of
 from .units import UNITS, Unit
 
 D_MODEL, D_FF, N_VOCAB = 2560, 9728, 151936  # of the 4B model
