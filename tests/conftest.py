@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 
@@ -13,6 +14,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--card", action="store_true", help="the cases of GPU kernels run on this machine's GPU")
+
+
+@pytest.fixture(autouse=True)
+def pristine_log():
+    """No test finds what the command line set up for another: a handler keeps the stderr that was there then."""
+    log = logging.getLogger("auricle")
+    log.handlers[:], log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

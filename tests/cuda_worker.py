@@ -211,13 +211,17 @@ def run_model(folder: Path) -> dict[str, Any]:
 
 
 def compare_logits(got: np.ndarray, want: np.ndarray) -> dict[str, Any]:
-    """How far the logits are off, and whether the likeliest is the same wherever its margin is over twice that."""
+    """How far the logits are off, in norm and as the mean divergence in nats, and whether the likeliest is the same
+    wherever its margin is over twice that."""
     error = np.abs(got - want).max(-1)
     second, first = np.sort(want, -1)[:, -2:].T
     clear = first - second > 2 * error
     same = got.argmax(-1) == want.argmax(-1)
     relative = np.linalg.norm(got - want) / np.linalg.norm(want)
-    return {"relative": float(relative), "clear": int(clear.sum()), "wrong": int((clear & ~same).sum())}
+    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (want, got))
+    nats = (p.exp() * (p - q)).sum(-1).mean().item()
+    wrong = int((clear & ~same).sum())
+    return {"relative": float(relative), "nats": nats, "clear": int(clear.sum()), "wrong": wrong}
 
 
 def compare_steps(model: Model, position: int, options: SamplingOptions, n: int) -> list[list[int]]:

@@ -74,7 +74,8 @@ def test_a_model_from_end_to_end(tmp_path: Path) -> None:
     got, want = result["answers"]
     assert got[0] == want[0]
     forced = result["forced"]
-    assert forced["relative"] <= 5e-3
+    assert forced["relative"] <= BYTE_ERROR
+    assert forced["nats"] <= 1e-3
     assert forced["clear"] > 5
     assert forced["wrong"] == 0
     for looked_ahead, plain in (result["greedy"], result["drawn"]):
