@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,10 +21,10 @@ from auricle.convert.source import ConversionError
 from auricle.engine.gguf import open_gguf
 from auricle.engine.sampling import OptionError
 from auricle.kernels.formats import BY_NAME, F16, Q3_K, Q4_1, Q4_K, Q8_0, Format
-from auricle.tools.cli.main import run
 from auricle.tools.cli.options import parse_size
 from auricle.tools.sample import SampleShape
 from checkpoints import build_f32, change_tensors, copy_checkpoint
+from support import auricle
 
 # Rows of 256 fill the blocks of all candidates, those of 96 of few; the encoder is as the floor allows.
 SHAPE = SampleShape(
@@ -314,16 +310,6 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(OptionError, match=r"is no size; write 2\.6GiB"):
         parse_size(text)
-
-
-def auricle(*arguments: object) -> tuple[int, str, str]:
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    with patch.object(sys, "argv", ["auricle", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(errors):
-        try:
-            run()
-        except SystemExit as end:
-            status = end.code or 0
-    return status, out.getvalue(), errors.getvalue()
 
 
 def test_the_command(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
@@ -11,17 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+import support
 from auricle.engine.gguf import open_gguf
 from auricle.engine.models.moss_audio import part_of
-from auricle.tools.cli.main import run
 from auricle.tools.sample import SampleShape
 from checkpoints import copy_checkpoint
 
@@ -35,14 +32,7 @@ class Done(NamedTuple):
 
 
 def auricle(*arguments: object) -> Done:
-    """The program, in this process: what it writes, and what it ends with."""
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    with patch.object(sys, "argv", ["auricle", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(errors):
-        try:
-            run()
-        except SystemExit as end:
-            status = end.code or 0
-    return Done(status, out.getvalue(), errors.getvalue())
+    return Done(*support.auricle(*arguments))
 
 
 def succeed(*arguments: object) -> Done:

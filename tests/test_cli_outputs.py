@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from auricle.convert.importance import ColumnSums, ImportanceMatrix, write_matrix
 from auricle.engine.gguf import open_gguf
-from auricle.tools.cli.main import run
 from auricle.tools.demo import FOLDER, MODEL
 from auricle.tools.sample import SampleShape
 from checkpoints import copy_checkpoint
-
-
-def auricle(*arguments: object) -> tuple[int, str, str]:
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    with patch.object(sys, "argv", ["auricle", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(errors):
-        try:
-            run()
-        except SystemExit as end:
-            status = end.code or 0
-    return status, out.getvalue(), errors.getvalue()
+from support import auricle
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from rich.console import Console
@@ -23,8 +21,8 @@ from auricle.kernels.formats import F32
 from auricle.tools.cells import cell
 from auricle.tools.cli.answer import _stream
 from auricle.tools.cli.app import app, exit_status, print_json, say, tell_on_stderr
-from auricle.tools.cli.main import run
 from gguf_samples import fill
+from support import auricle
 
 HOSTILE = "a\x1b[31m\x9b2J\r\nb\u202ec\ud800\U000e0041"
 STORED = HOSTILE.replace("\ud800", "")  # as a file in UTF-8 can hold it
@@ -100,16 +98,6 @@ def test_logs_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"auricle: of {SHOWN}\n{SHOWN}\n"
     print_json({"a": HOSTILE, "b": "é"})
     assert capsys.readouterr().out.isascii()
-
-
-def auricle(*arguments: object) -> tuple[int, str, str]:
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    with patch.object(sys, "argv", ["auricle", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(errors):
-        try:
-            run()
-        except SystemExit as end:
-            status = end.code or 0
-    return status, out.getvalue(), errors.getvalue()
 
 
 @pytest.fixture

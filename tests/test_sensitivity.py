@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ from auricle.convert.hf import convert, plan_conversion
 from auricle.convert.recipes import parse_override
 from auricle.convert.requantize import plan_requantization
 from auricle.engine.gguf import open_gguf
-from auricle.tools.cli.main import run
 from auricle.tools.diff import thresholds
 from auricle.tools.diff.locate import added_errors, compare_ops
 from auricle.tools.diff.request import DiffError, make_request, open_model
@@ -28,6 +23,7 @@ from auricle.tools.diff.sources import ModelFile
 from auricle.tools.sample import SampleShape, write_checkpoint
 from auricle.tools.stages import mean_divergence, trace_stages
 from sounds import encode, synthetic
+from support import auricle
 
 SHAPE = SampleShape(
     n_window=20,
@@ -228,16 +224,6 @@ def test_limits_mean_something_for_every_type(type_name: str) -> None:
 
 
 # The commands.
-
-
-def auricle(*arguments: object) -> tuple[int, str, str]:
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    with patch.object(sys, "argv", ["auricle", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(errors):
-        try:
-            run()
-        except SystemExit as end:
-            status = end.code or 0
-    return status, out.getvalue(), errors.getvalue()
 
 
 def test_from_two_files_to_a_better_one(folder: Path) -> None:
