@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from auricle.kernels.gpu.static import ARCHS, Row, count_instructions, count_moves, find_loads
+from auricle.kernels.gpu.static import ARCHS, Row, count_instructions, count_moves, count_spills, find_loads
 from auricle.kernels.gpu.tiles import TILES
 from support import ROOT
 
@@ -121,9 +121,9 @@ def test_no_gpu_is_said_in_one_line() -> None:
 
 # What is found wrong.
 
-CONFIG = {"tokens": 1, "warps": 4, "stages": 2}
+CONFIG = {"tokens": 1, "in_flight": 64, "warps": 4, "stages": 2}
 GOOD = {"kernel": "matvec", "type": "Q4_K", "arch": 89, "config": CONFIG, "registers": 96}
-GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core": False, "moves": 0}
+GOOD |= {"stack": 0, "local": 0, "shared": 1024, "load_bits": 128, "tensor_core": False, "spills": 0, "moves": 0}
 GOOD |= {"activation_bits": 128, "instructions": 2.5}
 
 
@@ -131,8 +131,10 @@ GOOD |= {"activation_bits": 128, "instructions": 2.5}
     ("change", "fault"),
     [
         ({}, None),
-        ({"stack": 8}, "spills: 8 bytes of stack"),
-        ({"local": 16}, "16 of local memory"),
+        ({"stack": 8, "spills": 4}, None),
+        ({"stack": 8, "spills": 5}, "spills: 8 bytes of stack and local memory, 5 times in loops"),
+        ({"stack": 40}, "spills: 40 bytes"),
+        ({"stack": 8, "local": 40}, "spills: 48 bytes"),
         ({"shared": 100 << 10}, "a block may have 101376"),
         ({"shared": 100 << 10, "arch": 90, "kernel": "attention"}, None),
         ({"registers": 255, "config": {"warps": 16}, "kernel": "attention"}, "not one block fits"),
@@ -141,7 +143,8 @@ GOOD |= {"activation_bits": 128, "instructions": 2.5}
         ({"instructions": 2.51}, "2.51 instructions a weight, at most 2.5"),
         ({"instructions": 6.0, "config": CONFIG | {"tokens": 8}}, None),
         ({"instructions": 6.01, "config": CONFIG | {"tokens": 8}}, "6.01 instructions a weight, at most 6.0"),
-        ({"registers": 255}, "8 warps resident"),
+        ({"registers": 255}, "16384 bytes on their way from 8 warps"),
+        ({"registers": 255, "config": CONFIG | {"in_flight": 180}}, None),
         ({"kernel": "matmul"}, "no tensor core"),
         ({"kernel": "matmul", "tensor_core": True, "moves": 2}, "an accumulator out anew 2 times"),
         ({"kernel": "matmul", "tensor_core": True, "registers": 255}, None),
@@ -211,6 +214,11 @@ CODE = """
 @pytest.mark.parametrize(("dots", "instructions"), [(3, 8), (7, 16), (21, 44)])
 def test_loops_are_counted_as_often_as_their_products_say(dots: int, instructions: int) -> None:
     assert count_instructions(CODE, dots) == instructions
+
+
+def test_spills_count_in_loops() -> None:
+    inside = CODE.replace("LDG.E.128 R4, [R2.64]", "LDL R4, [R1]").replace("S2R R0, SR_TID.X", "STL [R1], R0")
+    assert (count_spills(CODE), count_spills(inside)) == (0, 1)
 
 
 def test_products_that_no_number_of_rounds_makes_are_a_defect() -> None:

@@ -54,6 +54,16 @@ def _config(cut: Config, **more: Any) -> dict[str, Any]:
     return {key: value for key, value in asdict(cut).items() if key not in ("warps", "stages")} | more
 
 
+def _in_flight(cut: Config, n_cols: int, *formats: Format) -> int:
+    """Bytes of weights that a thread has on their way at once, of the type with the fewest."""
+    found = []
+    for fmt in formats:
+        unit = UNITS[fmt].unit.weights
+        rows = cut.rows * lanes_of(cut, unit) / (cut.warps * WARP)  # of a thread
+        found.append(rows * ahead_of(cut, unit, n_cols) * unit * fmt.bits_per_weight / 8)
+    return int(min(found))
+
+
 def _share(fmt: Format, cut: Config, n_cols: int, *, exact: bool = False, number: str = "") -> dict[str, Any]:
     """What a mat-vec kernel must know of a matrix, under the names of its arguments."""
     kind = UNITS[fmt]
@@ -93,7 +103,8 @@ def matvec_case(fmt: Format, n_tokens: int, pick: Picker, *, exact: bool = False
     constants |= dict.fromkeys(("bias", "best_value", "best_index"))
     unit = constants["UNIT"]
     signature = {"x": _x(unit), "w": "*i32", "residual": "*fp32", "out": "*fp32", "n_rows": ROWS, "n_tokens": "i32"}
-    config, work = _config(cut, tokens=n_tokens), _work(cut, n_tokens, D_FF, unit)
+    config = _config(cut, tokens=n_tokens, in_flight=_in_flight(cut, D_FF, fmt))
+    work = _work(cut, n_tokens, D_FF, unit)
     name = "matvec_exact" if exact else "matvec"
     return Case(name, fmt.name, config, matvec, signature, constants, cut.warps, 1, ("w",), ("x",), **work)
 
@@ -111,10 +122,8 @@ def best_case(fmt: Format, pick: Picker) -> Case:
         "n_rows": ROWS,
         "n_tokens": "i32",
     }
-    work = _work(cut, 1, D_MODEL, constants["UNIT"])
-    return Case(
-        "matvec_best", fmt.name, _config(cut), matvec, signature, constants, cut.warps, 1, ("w",), ("x",), **work
-    )
+    work, config = _work(cut, 1, D_MODEL, constants["UNIT"]), _config(cut, in_flight=_in_flight(cut, D_MODEL, fmt))
+    return Case("matvec_best", fmt.name, config, matvec, signature, constants, cut.warps, 1, ("w",), ("x",), **work)
 
 
 def three_case(types: tuple[Format, Format, Format], n_tokens: int, pick: Picker) -> Case:
@@ -126,7 +135,8 @@ def three_case(types: tuple[Format, Format, Format], n_tokens: int, pick: Picker
     for i, fmt in enumerate(types):
         signature |= {f"x{i}": "*i32", f"w{i}": "*i32", f"out{i}": "*fp32", f"n{i}": ROWS}
         constants |= _share(fmt, cut, D_MODEL, number=str(i))
-    name, config = "+".join(fmt.name for fmt in types), _config(cut, tokens=n_tokens)
+    name = "+".join(fmt.name for fmt in types)
+    config = _config(cut, tokens=n_tokens, in_flight=_in_flight(cut, D_MODEL, *types))
     work = _work(cut, n_tokens, D_MODEL, *(constants[f"UNIT{i}"] for i in range(3)))
     weights, xs = ("w0", "w1", "w2"), ("x0", "x1", "x2")
     return Case("matvec_three", name, config, matvec_three, signature, constants, cut.warps, 1, weights, xs, **work)
@@ -140,7 +150,8 @@ def gated_case(fmt: Format, n_tokens: int, pick: Picker) -> Case:
     constants = _few(cut, n_tokens, D_MODEL)
     for i in range(2):
         constants |= _share(fmt, cut, D_MODEL, number=str(i))
-    config, weights, xs = _config(cut, tokens=n_tokens), ("gate", "up"), ("x0", "x1")
+    weights, xs = ("gate", "up"), ("x0", "x1")
+    config = _config(cut, tokens=n_tokens, in_flight=_in_flight(cut, D_MODEL, fmt))
     work = _work(cut, n_tokens, D_MODEL, constants["UNIT0"], constants["UNIT1"])
     return Case("matvec_gated", fmt.name, config, matvec_gated, signature, constants, cut.warps, 1, weights, xs, **work)
 

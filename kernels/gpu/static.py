@@ -59,11 +59,11 @@ class Case:
 @dataclass(frozen=True)
 class Row:
     """What became of a case. `config` names its warps and stages, too. `registers`: of a thread; `stack` and `local`:
-    bytes of a thread, 0 where nothing is spilled; `shared`: bytes of a block; `load_bits`: width of the widest load of
-    weights from global memory, 0 when there is none; `tensor_core`: whether matrix instructions are used; `moves`: how
-    often a loop lays an accumulator out anew, which takes it through shared memory; `activation_bits`: width of the
-    narrowest load of activations, `instructions`: that a thread executes for a weight, both 0 where a case does not
-    say."""
+    bytes of a thread, 0 where nothing is put aside, which loops do `spills` times; `shared`: bytes of a block;
+    `load_bits`: width of the widest load of weights from global memory, 0 when there is none; `tensor_core`: whether
+    matrix instructions are used; `moves`: how often a loop lays an accumulator out anew, which takes it through shared
+    memory; `activation_bits`: width of the narrowest load of activations, `instructions`: that a thread executes for a
+    weight, both 0 where a case does not say."""
 
     kernel: str
     type: str
@@ -75,6 +75,7 @@ class Row:
     shared: int
     load_bits: int
     tensor_core: bool
+    spills: int
     moves: int
     activation_bits: int
     instructions: float
@@ -109,6 +110,7 @@ def compile_case(case: Case, arch: int) -> Row:
         shared=compiled.metadata.shared,
         load_bits=max((bits for n, bits in loads if n in weights), default=0),
         tensor_core=bool(TENSOR_CORE.search(code)),
+        spills=count_spills(code),
         moves=count_moves(compiled.asm["ttgir"]),
         activation_bits=min((bits for n, bits in loads if n in activations), default=0),
         instructions=round(count_instructions(code, case.dots) / case.n_weights, 2) if case.dots else 0.0,
@@ -222,11 +224,28 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", re.MULTILINE)
 LABEL = re.compile(r"^\s*(\.L_x_\d+):", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA\b.*?(\.L_x_\d+)")
 DOT = re.compile(r"\bIDP\.4A\b")
+SPILL = re.compile(r"\b(?:STL|LDL)\b")
 
 
 def count_instructions(code: str, dots: int) -> float:
     """Instructions that a thread executes which makes `dots` products of four bytes: each once, and those of loops as
     often as makes up the number. For kernels whose loops all run equally often, none within another."""
+    instructions, inside = find_looped(code)
+    n_inside = sum(bool(DOT.search(instructions[i])) for i in inside)
+    n_outside = sum(bool(DOT.search(text)) for text in instructions) - n_inside
+    rounds = (dots - n_outside) / n_inside if n_inside else float(dots == n_outside)
+    assert rounds in range(1, dots + 1), f"{dots=} {n_outside=} {n_inside=}"
+    return len(instructions) - len(inside) + rounds * len(inside)
+
+
+def count_spills(code: str) -> int:
+    """Instructions in loops that put registers aside or fetch them. Around a loop a few cost nothing."""
+    instructions, inside = find_looped(code)
+    return sum(bool(SPILL.search(instructions[i])) for i in inside)
+
+
+def find_looped(code: str) -> tuple[list[str], set[int]]:
+    """All instructions, and the numbers of those in loops."""
     places = sorted(
         [(m.start(), "", m[1]) for m in INSTRUCTION.finditer(code)]
         + [(m.start(), m[1], "") for m in LABEL.finditer(code)]
@@ -243,8 +262,4 @@ def count_instructions(code: str, dots: int) -> float:
         branch = BRANCH.search(text)
         if branch and labels[branch[1]] < end:  # the last of them branches to itself, after the end
             inside.update(range(labels[branch[1]], end + 1))
-    n_inside = sum(bool(DOT.search(instructions[i])) for i in inside)
-    n_outside = sum(bool(DOT.search(text)) for text in instructions) - n_inside
-    rounds = (dots - n_outside) / n_inside if n_inside else float(dots == n_outside)
-    assert rounds in range(1, dots + 1), f"{dots=} {n_outside=} {n_inside=}"
-    return len(instructions) - len(inside) + rounds * len(inside)
+    return instructions, inside

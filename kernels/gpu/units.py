@@ -29,7 +29,7 @@ from ..formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Format
 from ..layouts import find_layout
 from .tiles import Q4_BLOCK, Q4_QS, Q5_BLOCK, Q5_QH, Q5_QS, WORD
 from .tune import unit_of
-from .vectors import as_float, high_half, load_four, load_one, load_two, low_half
+from .vectors import as_float, high_half, load_four, load_one, load_two, low_half, rotate
 
 LOW: tl.constexpr = tl.constexpr(0x0F0F0F0F)
 HIGH: tl.constexpr = tl.constexpr(0xF0F0F0F0)
@@ -180,10 +180,9 @@ def decode_q5_k(words, unit, RECORD: tl.constexpr):
     within = unit & 3
     scales, minima = k_scales(words, within, 1.0)
     right = (within * 2 + 28) & 31
-    left = (36 - within * 2) & 31
     low, high = (), ()
     for i in tl.static_range(4, 12):
-        fifth = (words[i + 8] >> right) | (words[i + 8] << left)
+        fifth = rotate(words[i + 8], right)
         low += ((words[i] & LOW) | (fifth & FIFTH),)
         high += (((words[i] >> 4) & LOW) | ((fifth >> 1) & FIFTH),)
     return low + high, scales, minima, 1.0

@@ -56,6 +56,16 @@ def load_one(words, at):
 
 
 @triton.jit
+def rotate(word, right):
+    """A word, its bits `right` places further down; those that fall out come in at the top."""
+    if INTERPRETED:
+        return (word >> right) | (word << ((32 - right) & 31))
+    return tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $1, $2;", "=r,r,r", [word, right], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def add_dot(total, codes, values, SIGNED: tl.constexpr):
     """total + the four products of the bytes in two words: `codes`, signed or not, and `values`, signed."""
     if INTERPRETED:
