@@ -12,7 +12,7 @@ from typing import Any
 
 Document = Mapping[str, Any]
 PAPER = {"RTX 4060 Ti": 288e9, "RTX 4090": 1008e9}  # bytes a second, of NVIDIA's specifications
-PAPER_COPY = 0.92  # of which a copy moves about so much, as on cards that were measured
+PAPER_COPY = 0.9  # of which a copy moves about so much: 4.3 of 4.8 TB/s on an H200
 
 
 @dataclass(frozen=True)
