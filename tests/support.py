@@ -27,3 +27,9 @@ def auricle(*arguments: object) -> tuple[int, str, str]:
         except SystemExit as end:
             status = end.code or 0
     return status, out.getvalue(), errors.getvalue()
+
+
+def diff_command(*arguments: object) -> tuple[int, str]:
+    """Status of `auricle diff`, and what it finds, or else why it ended."""
+    status, out, errors = auricle("diff", *arguments)
+    return status, out or errors

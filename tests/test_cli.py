@@ -50,7 +50,7 @@ def test_transcribe_prints_text_and_nothing_else_on_stdout(folder: Path) -> None
         want = opened.generate(audio=JFK, max_new_tokens=12)
     assert done.stdout.decode() == want.text + "\n"
     line = f"auricle: {JFK}: the answer was cut off after 12 tokens; --max-new-tokens allows more\n"
-    assert (done.returncode, done.stderr.decode()) == (8, line)
+    assert (done.returncode, done.stderr.decode()) == (9, line)
 
 
 def test_an_answer_that_ends_by_itself_is_all_there_is_to_say() -> None:

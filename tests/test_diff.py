@@ -11,14 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from auricle.convert.hf import convert, plan_conversion
 from auricle.engine.gguf import string
 from auricle.engine.gguf_write import GGUFWriter, plan_layout
 from auricle.engine.sampling import OptionError
 from auricle.kernels.formats import F32
-from auricle.tools.cli.app import app, complain
 from auricle.tools.cli.main import run  # noqa: F401  (registers the commands)
 from auricle.tools.diff import metrics, thresholds
 from auricle.tools.diff.audit import audit, read_gguf
@@ -29,7 +27,7 @@ from auricle.tools.diff.walk import Walk
 from auricle.tools.sample import SampleShape, write_checkpoint
 from auricle.tools.stages import read_stages
 from sounds import encode, synthetic
-from support import SHARED, needs_shared
+from support import SHARED, diff_command, needs_shared
 
 GOLDEN = SHARED / "golden" / "a"
 SHAPE = SampleShape(
@@ -337,16 +335,8 @@ def test_errors_that_tensors_add(files: dict[str, Path]) -> None:
 # The command.
 
 
-def auricle(*arguments: object) -> tuple[int, str]:
-    """Status and standard output of the command; its errors as the program tells them."""
-    result = CliRunner().invoke(app, ["diff", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        return complain(result.exception), str(result.exception)
-    return result.exit_code, result.stdout
-
-
 def test_the_command_passes(files: dict[str, Path]) -> None:
-    status, text = auricle(
+    status, text = diff_command(
         files["q8_0.gguf"], files["a.wav"], "--against", files["f32.gguf"], "--tokens", 3, "--prompt", PROMPT
     )
     assert status == 0, text
@@ -357,16 +347,16 @@ def test_the_command_passes(files: dict[str, Path]) -> None:
 
 def test_the_command_fails_with_a_status_of_its_own(files: dict[str, Path]) -> None:
     arguments = [files["q8_0.gguf"], files["a.wav"], "--against", files["f32.gguf"], "--tokens", 0]
-    status, text = auricle(*arguments, "--threshold", "enc.blk.1=0.9999999")
+    status, text = diff_command(*arguments, "--threshold", "enc.blk.1=0.9999999")
     assert status == 7, text
     assert "differs first at enc.blk.1" in text
-    status, text = auricle(*arguments, "--threshold", "logits:kl_mean=0")
+    status, text = diff_command(*arguments, "--threshold", "logits:kl_mean=0")
     assert status == 7
     assert "differs first at logits" in text
 
 
 def test_the_document(files: dict[str, Path]) -> None:
-    status, text = auricle(
+    status, text = diff_command(
         files["q8_0.gguf"], files["a.wav"], "--against", files["f32.gguf"], "--tokens", 3, "--bisect", "--json"
     )
     assert status == 0
@@ -404,7 +394,7 @@ def test_the_document(files: dict[str, Path]) -> None:
 )
 def test_wrong_use_is_one_line(files: dict[str, Path], options: list[str], complaint: str) -> None:
     options = [option.format(checkpoint=files["checkpoint"]) for option in options]
-    status, text = auricle(files["f32.gguf"], files["a.wav"], *options)
+    status, text = diff_command(files["f32.gguf"], files["a.wav"], *options)
     assert status == 2
     assert complaint in text
     assert "\n" not in text.strip()
@@ -414,7 +404,7 @@ def test_an_official_program_that_fails_says_why(files: dict[str, Path], tmp_pat
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "modeling_moss_audio.py").write_text("raise ImportError('needs a library that is not here')\n")
     paths = ["--official", tmp_path, "--checkpoint", files["checkpoint"], "--official-python", sys.executable]
-    status, text = auricle(files["f32.gguf"], files["a.wav"], *paths)
+    status, text = diff_command(files["f32.gguf"], files["a.wav"], *paths)
     assert status == 2
     assert "the official code stopped: ImportError: needs a library that is not here" in text
 
@@ -426,7 +416,7 @@ def test_the_official_code_agrees(golden_files: dict[str, Path]) -> None:
     python = os.environ.get("AURICLE_OFFICIAL_PYTHON", sys.executable)
     paths = ["--official", os.environ["AURICLE_OFFICIAL"], "--checkpoint", GOLDEN / "checkpoint"]
     audio = SHARED / "data" / "audio" / "jfk_3s.wav"
-    status, text = auricle(golden_files["f32"], audio, *paths, "--official-python", python, "--bisect")
+    status, text = diff_command(golden_files["f32"], audio, *paths, "--official-python", python, "--bisect")
     assert status == 0, text
 
 

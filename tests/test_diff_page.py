@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from auricle.convert.hf import convert, plan_conversion
-from auricle.tools.cli.app import app, complain
 from auricle.tools.cli.main import run  # noqa: F401  (registers the commands)
 from auricle.tools.diff import page
 from auricle.tools.diff.figures import figures, show, where
 from auricle.tools.sample import SampleShape, write_checkpoint
 from sounds import encode, synthetic
+from support import diff_command
 
 LIMIT_BYTES = 2_000_000
 ENCODER_OPS = ("attn_norm", "attn.q", "attn.k", "attn.v", ":window_attention", "attn.o", ":add", "ffn_norm", "ffn.fc1")
@@ -410,19 +409,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def auricle(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["diff", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        return complain(result.exception), str(result.exception)
-    return result.exit_code, result.stdout
-
-
 @pytest.mark.parametrize("mode", [[], ["--isolate"], ["--bisect"]])
 def test_the_command_writes_it(files: dict[str, Path], tmp_path: Path, mode: list[str]) -> None:
     """A page and a document of one run tell the same."""
     out = tmp_path / "report.html"
     both = [files["q8_0.gguf"], files["a.wav"], "--against", files["f32.gguf"], "--tokens", 3]
-    status, text = auricle(*both, "--threshold", "llm.blk.1=0.99999999", "--json", "--html", out, *mode)
+    status, text = diff_command(*both, "--threshold", "llm.blk.1=0.99999999", "--json", "--html", out, *mode)
     assert status == 7, text
     document, reader = json.loads(text), Reader(out.read_text(encoding="utf-8"))
     assert "Differs, first at llm.blk.1" in reader.text
@@ -436,6 +428,6 @@ def test_the_command_writes_it(files: dict[str, Path], tmp_path: Path, mode: lis
 
 def test_the_command_looks_at_the_path_first(files: dict[str, Path]) -> None:
     both = [files["q8_0.gguf"], files["a.wav"], "--against", files["f32.gguf"]]
-    status, text = auricle(*both, "--html", files["q8_0.gguf"])
+    status, text = diff_command(*both, "--html", files["q8_0.gguf"])
     assert status == 8
     assert "is an input itself" in text
