@@ -184,6 +184,7 @@ def adapter_configs() -> Iterator[bytes]:
 
 
 def adapters() -> Iterator[bytes]:
+    (adapter_folder() / CONFIG).write_bytes(next(adapter_configs()))  # whatever has been tried there
     convert(plan_lora(adapter_folder()), scratch() / "lora.gguf")
     yield (scratch() / "lora.gguf").read_bytes()
 
