@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..kernels.formats import Format
 from .models.moss_audio import PART_NAMES, MossAudioConfig, clip_tokens, clip_windows, part_of, token_count
-from .runtime import EncoderPlace, draft_program, phase_of, row_stages
+from .runtime import EncoderPlace, draft_program, phase_of, phase_of_part, row_stages
 
 if TYPE_CHECKING:
     from .backends.backend import Backend
@@ -128,10 +128,6 @@ def plan_card(
     hearing = by_phase["encoder"] + arenas["encoder"] + rows + libraries
     writing = by_phase["decoder"] + arenas["decoder"] + rows + libraries + cache + counters
     return replace(whole, apart=whole.total - max(hearing, writing))
-
-
-def phase_of_part(part: str) -> str:
-    return "encoder" if part in ("encoder", "adapter", "deepstack") else "decoder"
 
 
 def n_slots(config: MossAudioConfig, backend: Backend, request: Request) -> int:

@@ -35,7 +35,11 @@ EncoderPlace = Literal["kept", "dropped", "cpu"]
 
 def phase_of(tensor: str) -> str:
     """What a tensor is for: hearing ("encoder") or writing ("decoder")."""
-    return "encoder" if part_of(tensor) in ("encoder", "adapter", "deepstack") else "decoder"
+    return phase_of_part(part_of(tensor))
+
+
+def phase_of_part(part: str) -> str:
+    return "encoder" if part in ("encoder", "adapter", "deepstack") else "decoder"
 
 
 def row_stages(c: MossAudioConfig) -> list[str]:
